@@ -1,0 +1,2 @@
+"""splitwatch."""
+__version__ = "0.1.0"

@@ -1,0 +1,279 @@
+"""The frozen records that flow between the rooms, and the errors.
+
+Records hold names, numbers and tensors only, never modules, so that they can be printed, saved and sent between
+processes. In the shapes below m counts the neurons of a hidden layer, d the incoming weights of one neuron (its bias
+included), c the outgoing weights of one neuron, k the copies of one split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+class SplitWatchError(RuntimeError):
+    """Something splitwatch cannot do; the message names the argument, what was required, what was found, the cure."""
+
+
+class UnsupportedLayerError(SplitWatchError):
+    """A layer that cannot be widened, with the reason."""
+
+
+def _table(title: str, rows: Mapping[str, object]) -> str:
+    width = max(map(len, rows), default=0)
+    return "\n".join([title, *(f"  {key:<{width}}  {value}" for key, value in rows.items())])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Consumer:
+    """A module that reads a hidden layer: columns ``start … start + m·stride`` of its input, ``stride`` to a neuron."""
+
+    name: str
+    start: int
+    stride: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HiddenLayer:
+    """A set of m neurons: producer(s) → per-channel path → consumer(s), or the reason why it cannot be widened.
+
+    ``producers`` and ``consumers`` are dotted module names, ``riders`` the modules on the path that hold one entry per
+    neuron (BatchNorm, PReLU, depthwise convolutions), ``operations`` the path in words. ``reason`` is empty for a layer
+    that can be widened. A gated layer has two producers; it carries the name of the first one called.
+    """
+
+    name: str
+    width: int
+    producers: tuple[str, ...] = ()
+    consumers: tuple[Consumer, ...] = ()
+    riders: tuple[str, ...] = ()
+    operations: tuple[str, ...] = ()
+    reason: str = ""
+
+    @property
+    def growable(self) -> bool:
+        """Whether the layer can be widened."""
+        return not self.reason
+
+    def __str__(self) -> str:
+        if self.reason:
+            return f"{self.name}: cannot be widened: {self.reason}"
+        path = " → ".join([" + ".join(self.producers), *self.operations, ", ".join(c.name for c in self.consumers)])
+        return f"{self.name}: {self.width} neurons: {path}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StationarityVerdict:
+    """What the detector says: ``kind`` is "moving", "suspected", "stationary" or "undecided".
+
+    ``gradient_norm`` is the unbiased estimate of |E g| on the probe, ``gradient_bound`` its upper confidence bound,
+    ``noise`` the standard deviation of one training batch's gradient; all three are nan until the gradient was tested.
+    ``trend`` is the loss change expected over the next window, ``trend_error`` its standard error.
+    """
+
+    kind: str
+    reason: str
+    loss: float
+    trend: float = float("nan")
+    trend_error: float = float("nan")
+    gradient_norm: float = float("nan")
+    gradient_bound: float = float("nan")
+    noise: float = float("nan")
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerGeometry:
+    """Curvature of all m neurons of a hidden layer, fitted on one half of the probe, verified on the other.
+
+    ``interval``, ``max_interval`` and ``escape_interval`` (m, 2) are the held-out confidence intervals of the Rayleigh
+    quotients along ``min_vector``, ``max_vector`` and the escape direction. ``residual`` (m, 2) holds the true residual
+    norms of the two extreme eigenpairs of the inner Hessian, ``escape_residual`` (m,) that of the escape operator for
+    the coefficients (½, ½), whose unit eigenvector is (``escape_in``, ``escape_out``). ``stationarity_residual`` (m,)
+    is |grad_w L| / |v|, the part of the coupling that a stationary point does not have.
+    """
+
+    layer: str
+    min_eigenvalue: Tensor
+    max_eigenvalue: Tensor
+    min_vector: Tensor
+    max_vector: Tensor
+    residual: Tensor
+    coupling_norm: Tensor
+    escape_eigenvalue: Tensor
+    escape_in: Tensor
+    escape_out: Tensor
+    escape_residual: Tensor
+    interval: Tensor
+    max_interval: Tensor
+    escape_interval: Tensor
+    stationarity_residual: Tensor
+
+    @property
+    def negative(self) -> Tensor:
+        """Neurons with a direction of negative curvature, confirmed on held-out data, (m,) bool."""
+        return self.interval[:, 1] < 0
+
+    @property
+    def positive(self) -> Tensor:
+        """Neurons with a direction of positive curvature, confirmed on held-out data, (m,) bool."""
+        return self.max_interval[:, 0] > 0
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Share of neurons whose confirmed directions are only negative, of both signs, only positive, or neither."""
+        both, neither = self.negative & self.positive, ~(self.negative | self.positive)
+        classes = {
+            "negative": self.negative & ~both,
+            "indefinite": both,
+            "positive": self.positive & ~both,
+            "undecided": neither,
+        }
+        return {name: float(members.double().mean()) for name, members in classes.items()}
+
+    def __str__(self) -> str:
+        share = ", ".join(f"{value:.0%} {name}" for name, value in self.shares.items())
+        rows = {
+            "smallest eigenvalue": f"{float(self.min_eigenvalue.min()):+.3e}",
+            "largest eigenvalue": f"{float(self.max_eigenvalue.max()):+.3e}",
+            "coupling norm (median)": f"{float(self.coupling_norm.median()):.3e}",
+            "best escape": f"{float(self.escape_eigenvalue.min()):+.3e}",
+            "inner Hessians": share,
+        }
+        return _table(f"{self.layer}: {len(self.min_eigenvalue)} neurons", rows)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlateauVerdict:
+    """What a split into k copies is, at second order, and by which theorem.
+
+    ``kind`` is "minimum", "strict_saddle", "saddle", "inconclusive" or "not_stationary"; ``inertia`` counts the
+    positive, negative and zero eigenvalues of the splitting block B; ``reason`` is one sentence.
+    """
+
+    kind: str
+    reason: str
+    inertia: tuple[int, int, int]
+    coefficients: tuple[float, ...]
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Split:
+    """Neuron ``neuron`` becomes k copies: w_j = w + in_offset_j, v_j = λ_j v + out_offset_j.
+
+    ``coefficients`` λ sum to 1; ``in_offset`` is (k, d), ``out_offset`` (k, c). ``predicted_decrease`` is second order.
+    """
+
+    layer: str
+    neuron: int
+    coefficients: tuple[float, ...]
+    in_offset: Tensor
+    out_offset: Tensor
+    predicted_decrease: float
+    reason: str = ""
+
+    @property
+    def added(self) -> int:
+        """Number of neurons the move adds."""
+        return len(self.coefficients) - 1
+
+    def __str__(self) -> str:
+        coefficients = ", ".join(f"{value:g}" for value in self.coefficients)
+        return f"split {self.layer}[{self.neuron}] into ({coefficients}): {self.reason}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sprout:
+    """A new neuron (a copy with coefficient zero): ``incoming`` (d,) and ``outgoing`` (c,) weights are free."""
+
+    layer: str
+    incoming: Tensor
+    outgoing: Tensor
+    predicted_decrease: float = 0.0
+    reason: str = ""
+
+    @property
+    def added(self) -> int:
+        """Number of neurons the move adds."""
+        return 1
+
+    def __str__(self) -> str:
+        return f"sprout in {self.layer}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GrowthPlan:
+    """Moves to make, and what was measured of them on both halves of the probe before anything was changed.
+
+    ``predicted_decrease`` is second order; ``fitted_decrease`` and ``held_out_decrease`` are differences of the probe
+    loss at the chosen finite offset; ``offset`` is that offset relative to the size of each neuron's weights;
+    ``line_search`` lists the (offset, decrease on the fitted half) pairs tried.
+    """
+
+    layers: tuple[HiddenLayer, ...]
+    moves: tuple[Split | Sprout, ...]
+    reason: str
+    offset: float = 0.0
+    predicted_decrease: float = 0.0
+    fitted_decrease: float = 0.0
+    held_out_decrease: float = 0.0
+    line_search: tuple[tuple[float, float], ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.moves)
+
+    def __str__(self) -> str:
+        rows = {
+            "offset": f"{self.offset:g} × weight norm",
+            "predicted decrease (second order)": f"{self.predicted_decrease:.4e}",
+            "decrease on the fitted half": f"{self.fitted_decrease:.4e}",
+            "decrease on the held-out half": f"{self.held_out_decrease:.4e}",
+        }
+        head = _table(f"{sum(move.added for move in self.moves)} new neurons: {self.reason}", rows if self.moves else {})
+        return "\n".join([head, *(f"  · {move}" for move in self.moves)])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GrowthEvent:
+    """What happened at one measurement: verdict, geometry, plan, and, where the network grew, what came of it.
+
+    ``drift`` is the relative change of what the widened layers' consumers put out, at zero offset; it and the
+    ``realised_*`` decreases are nan where no probe was given. ``widths`` maps layer to (before, after), ``seconds``
+    stage to time spent. ``step`` is the user's step count.
+    """
+
+    plan: GrowthPlan
+    widths: Mapping[str, tuple[int, int]]
+    parameters: tuple[int, int]
+    drift: float = float("nan")
+    realised_fitted: float = float("nan")
+    realised_held_out: float = float("nan")
+    restarted: tuple[str, ...] = ()
+    verdict: StationarityVerdict | None = None
+    geometry: Mapping[str, LayerGeometry] = field(default_factory=dict)
+    plateaus: Mapping[str, PlateauVerdict] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    step: int = 0
+    grown: bool = False
+
+    def __str__(self) -> str:
+        rows: dict[str, object] = {"verdict": self.verdict} if self.verdict else {}
+        rows |= {f"width of {name}": f"{a} → {b}" for name, (a, b) in self.widths.items() if a != b}
+        rows["parameters"] = f"{self.parameters[0]} → {self.parameters[1]}"
+        if self.grown:
+            rows["output drift at zero offset"] = f"{self.drift:.1e}"
+            rows["decrease predicted"] = f"{self.plan.predicted_decrease:.4e}"
+            rows["decrease realised (fitted half)"] = f"{self.realised_fitted:.4e}"
+            rows["decrease realised (held-out half)"] = f"{self.realised_held_out:.4e}"
+        if self.restarted:
+            rows["optimizer state restarted"] = ", ".join(self.restarted)
+        rows["seconds"] = ", ".join(f"{stage} {value:.2f}" for stage, value in self.seconds.items())
+        action = "grew" if self.grown else "measured"
+        return _table(f"step {self.step}: {action}: {self.plan.reason}", rows)
