@@ -1,0 +1,83 @@
+"""Where hidden layers stand on a tape: linear calls, who owns their weights, and the paths between them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from splitwatch.linear_map import SUPPORTED, LinearCall, linear_call
+from splitwatch.tape import Tape, Value
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slice:
+    """Where one hidden layer stands on a tape: its producers' calls, the calls of its path, its consumers' calls."""
+
+    producers: tuple[LinearCall, ...]
+    path: tuple[int, ...]
+    consumers: tuple[LinearCall, ...]
+
+    @property
+    def width(self) -> int:
+        """Number of neurons."""
+        return self.producers[0].weight.shape[0]
+
+    @property
+    def starts(self) -> tuple[Value, ...]:
+        """The pre-activations."""
+        return tuple(call.output for call in self.producers)
+
+    @property
+    def ends(self) -> tuple[Value, ...]:
+        """What the consumers read."""
+        return tuple(call.input for call in self.consumers)
+
+
+class Anatomy:
+    """A tape with its linear calls and the modules that own the tensors."""
+
+    def __init__(self, model: nn.Module, tape: Tape) -> None:
+        self.tape = tape
+        self.owners: dict[int, list[tuple[str, nn.Module]]] = defaultdict(list)
+        for name, module in model.named_modules():
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None:
+                    self.owners[id(tensor)].append((name, module))
+        self.linear = {i: call for i in range(len(tape.calls)) if (call := linear_call(tape, i)) is not None}
+        self.calls = defaultdict(list)
+        for call in self.linear.values():
+            if (owner := self.owner(call.weight)) is not None and isinstance(owner[1], SUPPORTED):
+                self.calls[owner[0]].append(call)
+
+    def owner(self, tensor: Tensor) -> tuple[str, nn.Module] | None:
+        """Name and module that own a parameter or buffer (the first of them where it is shared)."""
+        owners = self.owners.get(id(tensor))
+        return owners[0] if owners else None
+
+    def weight_uses(self, tensor: Tensor) -> int:
+        """How often a tensor is read by the loss."""
+        return len(self.tape.uses[self.tape.value(tensor)])
+
+    def is_boundary(self, index: int) -> bool:
+        """Whether the call at ``index`` ends a path: a Linear or a convolution that is not depthwise."""
+        call = self.linear.get(index)
+        return call is not None and not _is_depthwise(call)
+
+    def slice(self, producers: Sequence[LinearCall]) -> tuple[Slice, list[int]]:
+        """The slice below some producers, and every call their outputs reach before a consumer."""
+        starts = {call.output for call in producers}
+        reached = self.tape.downstream(starts, self.is_boundary)
+        values = starts.union(*(self.tape.calls[i].results for i in reached if not self.is_boundary(i)))
+        consumers = [self.linear[i] for i in reached if self.is_boundary(i)]
+        consumers = [call for call in consumers if call.input in values]
+        inner = [i for i in reached if not self.is_boundary(i)]
+        path = self.tape.upstream([call.input for call in consumers], inner)
+        return Slice(tuple(producers), tuple(path), tuple(consumers)), inner
+
+
+def _is_depthwise(call: LinearCall) -> bool:
+    groups = call.arguments["groups"]
+    return groups > 1 and groups == call.weight.shape[0] and call.weight.shape[1] == 1

@@ -1,0 +1,122 @@
+"""Let checkpoints cross widths: a narrow model loads a wide checkpoint, and the reverse.
+
+A grown model carries its growth in the metadata of its state dict, which survives ``torch.save`` and
+``weights_only=True``. A pre-hook on loading resizes exactly the tensors that growth could have changed; any other
+mismatch is the user's and raises torch's own error.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from splitwatch.growth.surgery import columns, rows
+from splitwatch.records import GrowthPlan, SplitWatchError
+
+_KEY = "splitwatch"
+
+
+class GrowthHistory:
+    """Hook of a growable model: writes what grew into state dicts, resizes the model to those it loads.
+
+    ``layers`` maps layer name to producers, riders, consumers with start and stride, and the widths it has had.
+    """
+
+    def __init__(self) -> None:
+        self.layers: dict[str, dict[str, Any]] = {}
+
+    def add(self, plan: GrowthPlan) -> None:
+        """Note what a plan widened."""
+        for layer in plan.layers:
+            added = sum(move.added for move in plan.moves if move.layer == layer.name)
+            if added:
+                entry = self.layers.setdefault(layer.name, {"widths": [layer.width]})
+                entry["producers"], entry["riders"] = list(layer.producers), list(layer.riders)
+                entry["consumers"] = [[c.name, c.start, c.stride] for c in layer.consumers]
+                entry["widths"] = [*entry["widths"], layer.width + added]
+
+    def __call__(self, module: nn.Module, state: Any, prefix: str, _local: Any) -> None:
+        """State-dict post-hook: put the history into the metadata."""
+        metadata = getattr(state, "_metadata", None)
+        if metadata is not None and self.layers:
+            metadata.setdefault(prefix.removesuffix("."), {})[_KEY] = self.layers
+
+    def on_load(self, module: nn.Module, state: Mapping[str, Any], prefix: str, local: Mapping[str, Any], *_: Any) -> None:
+        """Load pre-hook: give the model the widths of the state dict."""
+        stored = local.get(_KEY, {})
+        for name in {**self.layers, **stored}:
+            _resize(module, state, prefix, stored.get(name) or self.layers[name])
+        self.layers = {**self.layers, **stored}
+
+
+def make_growable(model: nn.Module) -> GrowthHistory:
+    """Let a model's state dicts cross widths; calling it again changes nothing. Returns the model's history."""
+    for hook in model._state_dict_hooks.values():
+        if isinstance(hook, GrowthHistory):
+            return hook
+    history = GrowthHistory()
+    model.register_load_state_dict_pre_hook(history.on_load)
+    model.register_state_dict_post_hook(history)
+    return history
+
+
+def remember(model: nn.Module, plan: GrowthPlan) -> None:
+    """Make a model growable and note a plan in its history."""
+    make_growable(model).add(plan)
+
+
+def load_grown(cls: Any, path: str | os.PathLike[str], **kwargs: Any) -> Any:
+    """Build a module and load a checkpoint of any width into it.
+
+    Args:
+        cls: a class or function that builds the narrow module; a LightningModule class gets its saved hyperparameters.
+        path: a Lightning checkpoint or a saved state dict.
+        kwargs: passed to ``cls``, over the saved hyperparameters.
+
+    Raises:
+        SplitWatchError: the file holds no state dict.
+    """
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else None
+    if state is None or not all(isinstance(value, Tensor) for value in state.values()):
+        raise SplitWatchError(f"path: required a Lightning checkpoint or a state dict, found something else in {path}")
+    model = cls(**{**checkpoint.get("hyper_parameters", {}), **kwargs})
+    make_growable(model)
+    model.load_state_dict(state)
+    return model
+
+
+def _resize(model: nn.Module, state: Mapping[str, Any], prefix: str, layer: Mapping[str, Any]) -> None:
+    new = state.get(f"{prefix}{layer['producers'][0]}.weight")
+    if new is None:
+        return
+    width = len(new)
+    for name in (*layer["producers"], *layer["riders"]):
+        module = model.get_submodule(name)
+        _set_width(module, rows(module).tensors, 0, width)
+        for size in rows(module).sizes:
+            setattr(module, size, width)
+    for name, _, stride in layer["consumers"]:
+        module = model.get_submodule(name)
+        saved = state.get(f"{prefix}{name}.weight")
+        inputs = module.weight.shape[1] if saved is None else saved.shape[1]
+        if (inputs - module.weight.shape[1]) % stride == 0:
+            _set_width(module, columns(module).tensors, 1, inputs)
+            for size in columns(module).sizes:
+                setattr(module, size, inputs)
+
+
+def _set_width(module: nn.Module, names: tuple[str, ...], axis: int, width: int) -> None:
+    """Give tensors another length along an axis; what they hold is about to be overwritten."""
+    for name in names:
+        tensor = getattr(module, name)
+        if tensor is None or tensor.shape[axis] == width:
+            continue
+        shape = [width if i == axis else n for i, n in enumerate(tensor.shape)]
+        empty = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
+        parameter = isinstance(tensor, nn.Parameter)
+        setattr(module, name, nn.Parameter(empty, requires_grad=tensor.requires_grad) if parameter else empty)

@@ -1,0 +1,55 @@
+"""What may grow, how much, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from splitwatch.records import SplitWatchError
+
+
+@dataclass(frozen=True)
+class GrowthPolicy:
+    """Budgets and schedule of growth; every field can stand in a YAML file.
+
+    Args:
+        layers: names of the hidden layers that may grow; all that can be widened by default.
+        max_neurons: new neurons in one event.
+        max_parameters: parameters of the network after growth.
+        max_ratio: parameters after one event over parameters before it.
+        max_events: growth events in one run.
+        coefficients: "auto" splits equally where an escape is confirmed and by signed coefficients elsewhere; "equal",
+            "signed"; or the coefficients themselves, k numbers that sum to 1.
+        cap: bound on Σ|λ| of signed coefficients; long negative coefficients lead to ever sharper regions.
+        window: training steps the detector looks back over; also the least distance between two measurements.
+        tolerance: improvement over a window, relative to the loss scale, that still counts as none.
+        noise_ratio: a mean gradient counts as zero below this multiple of one training batch's gradient noise.
+        probe_samples: training samples the probe collects when none is given.
+    """
+
+    layers: Sequence[str] | None = None
+    max_neurons: int | None = None
+    max_parameters: int | None = None
+    max_ratio: float | None = 2.0
+    max_events: int | None = None
+    coefficients: str | Sequence[float] = "auto"
+    cap: float = 3.0
+    window: int = 200
+    tolerance: float = 0.01
+    noise_ratio: float = 1.0
+    probe_samples: int = 4096
+
+    def __post_init__(self) -> None:
+        for name in ("max_neurons", "max_parameters", "max_ratio", "max_events", "tolerance", "noise_ratio"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise SplitWatchError(f"{name}: required a number ≥ 0 or None, found {value}")
+        if isinstance(self.coefficients, str) and self.coefficients not in {"auto", "equal", "signed"}:
+            raise SplitWatchError(
+                f'coefficients: required "auto", "equal", "signed" or numbers that sum to 1, found {self.coefficients!r}'
+            )
+        if not self.cap > 1:
+            raise SplitWatchError(f"cap: required Σ|λ| > 1 (1 leaves no negative coefficient), found {self.cap}")
+        for name, least in (("window", 10), ("probe_samples", 2)):
+            if getattr(self, name) < least:
+                raise SplitWatchError(f"{name}: required at least {least}, found {getattr(self, name)}")

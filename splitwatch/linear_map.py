@@ -1,0 +1,136 @@
+"""Linear and convolution calls as maps that are linear in their weight, with both adjoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from splitwatch.records import UnsupportedLayerError
+from splitwatch.tape import Call, Tape, Value
+
+_CONVOLUTIONS: dict[Callable[..., Any], int] = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
+_DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LinearCall:
+    """A call y = weight · input (+ bias) on the tape, with the value numbers of its input and output."""
+
+    call: Call
+    index: int
+    input: Value
+    output: Value
+    arguments: dict[str, Any]
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as it was passed."""
+        return self.arguments["weight"]
+
+    @property
+    def spatial(self) -> int:
+        """Number of spatial axes: 0 for a linear map."""
+        return _CONVOLUTIONS.get(self.call.function, 0)
+
+    @property
+    def channel_axis(self) -> int:
+        """Where input and output carry their channels, counted from the end."""
+        return -1 - self.spatial
+
+
+def linear_call(tape: Tape, index: int) -> LinearCall | None:
+    """The call at ``index`` seen as a linear map, or None if it is something else."""
+    call = tape.calls[index]
+    if call.function is not F.linear and call.function not in _CONVOLUTIONS:
+        return None
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    args, kwargs = call.arguments()
+    arguments = _DEFAULTS | dict(zip(names, args, strict=False)) | kwargs
+    position = next(i for i, leaf in enumerate(call.leaves) if leaf is arguments["input"])
+    return LinearCall(call, index, call.inputs[position], call.outputs[0], arguments)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LinearMap:
+    """y = W · x + b for one fixed input x, W of shape ``weight_shape``; ``conv`` is None or (stride, padding, dilation)."""
+
+    input: Tensor
+    weight_shape: torch.Size
+    has_bias: bool
+    conv: tuple[list[int], list[int], list[int]] | None = None
+
+    @classmethod
+    def of(cls, call: LinearCall) -> LinearMap:
+        """The map a recorded call computed, at the input it saw."""
+        x, weight = call.arguments["input"].detach(), call.weight
+        settings = _convolution_settings(call) if call.spatial else None
+        return cls(x, weight.shape, call.arguments["bias"] is not None, settings)
+
+    @property
+    def channel_axis(self) -> int:
+        """Where input and output carry their channels, counted from the end."""
+        return 1 - len(self.weight_shape)
+
+    def at(self, x: Tensor) -> LinearMap:
+        """The same map at another input."""
+        return LinearMap(x, self.weight_shape, self.has_bias, self.conv)
+
+    def __call__(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Y = weight · x + bias."""
+        if self.conv is None:
+            return F.linear(self.input, weight, bias)
+        stride, padding, dilation = self.conv
+        return torch.convolution(self.input, weight, bias, stride, padding, dilation, False, [0] * len(stride), 1)
+
+    def weight_gradient(self, signal: Tensor) -> Tensor:
+        """The gradient of ⟨signal, y⟩ in the weight, shape ``weight_shape``."""
+        if self.conv is None:
+            return signal.flatten(0, -2).T @ self.input.flatten(0, -2)
+        shape_only = self.input.new_empty(1).expand(self.weight_shape)
+        return self._backward(signal, shape_only, (False, True, False))[1]
+
+    def bias_gradient(self, signal: Tensor) -> Tensor:
+        """The gradient of ⟨signal, y⟩ in the bias, shape (channels,)."""
+        axis = signal.ndim + self.channel_axis
+        return signal.sum([i for i in range(signal.ndim) if i != axis])
+
+    def input_gradient(self, weight: Tensor, signal: Tensor) -> Tensor:
+        """The gradient of ⟨signal, y⟩ in the input, for any weight of shape ``weight_shape``."""
+        if self.conv is None:
+            return signal @ weight
+        return self._backward(signal, weight, (True, False, False))[0]
+
+    def _backward(self, signal: Tensor, weight: Tensor, mask: tuple[bool, bool, bool]) -> Any:
+        assert self.conv is not None
+        stride, padding, dilation = self.conv
+        output_padding = [0] * len(stride)
+        return torch.ops.aten.convolution_backward(
+            signal, self.input, weight, None, stride, padding, dilation, False, output_padding, 1, mask
+        )
+
+
+def _convolution_settings(call: LinearCall) -> tuple[list[int], list[int], list[int]]:
+    n, kernel = call.spatial, call.weight.shape[2:]
+    stride, dilation = (_as_list(call.arguments[key], n) for key in ("stride", "dilation"))
+    padding = call.arguments["padding"]
+    if padding == "valid":
+        padding = 0
+    if padding == "same":
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        if any(t % 2 for t in total):
+            raise UnsupportedLayerError("padding='same' with an even kernel pads one side more; use explicit padding")
+        padding = [t // 2 for t in total]
+    return stride, _as_list(padding, n), dilation
+
+
+def _as_list(value: int | tuple[int, ...] | list[int], n: int) -> list[int]:
+    return [value] * n if isinstance(value, int) else [*value] * (n if len(value) == 1 else 1)
+
+
+SUPPORTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Modules whose weights splitwatch can widen."""

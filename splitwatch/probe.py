@@ -1,0 +1,262 @@
+"""The probe: fixed batches on which geometry is measured, without a trace left on the model.
+
+Half of the batches are fitted on, the other half is held out for verification. Every batch counts with its number of
+samples, so ragged batches are weighted right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torchmetrics import Metric
+
+from splitwatch.anatomy import Anatomy
+from splitwatch.linear_map import LinearMap
+from splitwatch.records import HiddenLayer, SplitWatchError
+from splitwatch.tape import Path, Tape
+
+Batch = Any
+LossFunction = Callable[[nn.Module, Batch], Tensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerTrace:
+    """What one hidden layer sees on one batch: the per-neuron pieces of the loss with everything downstream frozen.
+
+    ``producers`` and ``consumers`` are linear maps at the inputs they saw, ``weights`` and ``biases`` the producers'
+    parameters, ``readers`` the consumers' weights, ``signals`` the gradients of the batch's mean loss in the consumers'
+    outputs. ``share`` is the batch's share of its half's samples.
+    """
+
+    layer: HiddenLayer
+    producers: tuple[LinearMap, ...]
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor | None, ...]
+    path: Path
+    consumers: tuple[LinearMap, ...]
+    readers: tuple[Tensor, ...]
+    signals: tuple[Tensor, ...]
+    size: int
+    share: float
+
+    def pre_activations(self) -> tuple[Tensor, ...]:
+        """The producers' outputs."""
+        return tuple(p(w, b) for p, w, b in zip(self.producers, self.weights, self.biases, strict=True))
+
+
+class Probe:
+    """Fixed batches and the loss that judges them.
+
+    Args:
+        batches: mini-batches in the form ``loss_fn`` takes; tensors in them carry samples along their first axis. Even
+            ones are fitted on, odd ones held out; a single batch is cut into halves.
+        loss_fn: ``loss_fn(model, batch)`` returns the scalar mean loss of the batch.
+
+    Raises:
+        SplitWatchError: no batches, or one batch that cannot be halved.
+    """
+
+    def __init__(self, batches: Iterable[Batch], loss_fn: LossFunction) -> None:
+        batches = list(batches)
+        if not batches:
+            raise SplitWatchError("batches: required at least one batch, found none; pass training batches to the probe")
+        if len(batches) == 1:
+            batches = _halve(batches[0])
+        self.fitted: tuple[Batch, ...] = tuple(batches[::2])
+        self.held_out: tuple[Batch, ...] = tuple(batches[1::2])
+        self.loss_fn = loss_fn
+
+    def half(self, name: str) -> tuple[Batch, ...]:
+        """The batches of a half: "fitted", "held_out" or "all"."""
+        return self.fitted + self.held_out if name == "all" else getattr(self, name)
+
+    def samples(self, half: str = "all") -> int:
+        """Number of samples in a half."""
+        return sum(map(batch_size, self.half(half)))
+
+    def loss(self, model: nn.Module, half: str = "all") -> float:
+        """Mean loss per sample over a half, in eval mode.
+
+        Raises:
+            SplitWatchError: the loss is not a finite scalar.
+        """
+        batches = self.half(half)
+        with undisturbed(model), torch.no_grad():
+            losses = [float(self._checked(self.loss_fn(model, batch)).double()) for batch in batches]
+        return sum(value * share for value, share in zip(losses, _shares(batches), strict=True))
+
+    def gradients(self, model: nn.Module) -> Iterator[tuple[Tensor, int]]:
+        """The gradient on every batch, flat over the trainable parameters, with the batch's size."""
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        for batch in self.half("all"):
+            with undisturbed(model), torch.enable_grad():
+                loss = self._checked(self.loss_fn(model, batch))
+                grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+            yield torch.cat([g.flatten() for g in grads]), batch_size(batch)
+
+    def outputs(self, model: nn.Module, modules: Sequence[str]) -> list[Tensor]:
+        """What some modules put out on the first batch, in eval mode.
+
+        ``modules`` are dotted names; a module that is called more than once contributes its last output.
+        """
+        found: dict[str, Tensor] = {}
+        hooks = [
+            model.get_submodule(name).register_forward_hook(
+                lambda _module, _inputs, output, name=name: found.__setitem__(name, output.detach().clone())
+            )
+            for name in modules
+        ]
+        try:
+            with undisturbed(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                self._checked(self.loss_fn(model, self.fitted[0]))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [found[name] for name in modules]
+
+    def record(self, model: nn.Module, batch: Batch) -> tuple[Tape, Tensor]:
+        """The loss of one batch with the tape of how it was computed, in eval mode, autograd graph kept.
+
+        Raises:
+            SplitWatchError: the loss is not a finite scalar, or depends on no parameter.
+        """
+        tape = Tape()
+        with undisturbed(model), torch.enable_grad(), torch.compiler.set_stance("force_eager"), tape:
+            loss = self.loss_fn(model, batch)
+        loss = self._checked(loss)
+        if not loss.requires_grad:
+            raise SplitWatchError(
+                "loss_fn: required a loss that depends on the model's parameters, found a constant; "
+                "do not detach it and do not compute it under no_grad"
+            )
+        return tape, loss
+
+    def capture(self, model: nn.Module, layers: Sequence[HiddenLayer], half: str) -> dict[str, list[LayerTrace]]:
+        """What every layer sees on every batch of a half.
+
+        Raises:
+            SplitWatchError: the loss is not finite, or does not depend on a layer.
+        """
+        batches = self.half(half)
+        traces: dict[str, list[LayerTrace]] = {layer.name: [] for layer in layers}
+        for batch, share in zip(batches, _shares(batches), strict=True):
+            tape, loss = self.record(model, batch)
+            anatomy = Anatomy(model, tape)
+            for layer in layers:
+                traces[layer.name].append(_trace(anatomy, layer, loss, batch_size(batch), share))
+        return traces
+
+    @staticmethod
+    def _checked(loss: Any) -> Tensor:
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(type(loss).__name__)
+            raise SplitWatchError(f"loss_fn: required a scalar tensor (the batch's mean loss), found {found}; reduce it")
+        if not bool(torch.isfinite(loss)):
+            raise SplitWatchError(
+                f"loss_fn: required a finite loss, found {float(loss)}; "
+                "look for overflow or a division by zero in the model or the data"
+            )
+        return loss
+
+
+def _trace(anatomy: Anatomy, layer: HiddenLayer, loss: Tensor, size: int, share: float) -> LayerTrace:
+    missing = [name for name in layer.producers if not anatomy.calls.get(name)]
+    if missing:
+        raise SplitWatchError(f"loss_fn: required a loss that uses layer {layer.name}, found none of {missing} in it")
+    where, _ = anatomy.slice([anatomy.calls[name][0] for name in layer.producers])
+    edges = [anatomy.tape.edges.get(call.output) for call in where.consumers]
+    if any(edge is None for edge in edges):
+        raise SplitWatchError(f"loss_fn: required a loss that depends on layer {layer.name}, found it detached from it")
+    signals = torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True)  # pyright: ignore[reportArgumentType]
+    if all(signal is None for signal in signals):
+        raise SplitWatchError(
+            f"loss_fn: the loss does not depend on layer {layer.name}; "
+            "leave it out of layers, or check that nothing between the layer and the loss is detached"
+        )
+    return LayerTrace(
+        layer=layer,
+        producers=tuple(LinearMap.of(call) for call in where.producers),
+        weights=tuple(call.weight.detach() for call in where.producers),
+        biases=tuple(_detached(call.arguments["bias"]) for call in where.producers),
+        path=Path(anatomy.tape, where.path, where.starts, where.ends),
+        consumers=tuple(LinearMap.of(call) for call in where.consumers),
+        readers=tuple(call.weight.detach() for call in where.consumers),
+        signals=tuple(signal.detach() for signal in signals),
+        size=size,
+        share=share,
+    )
+
+
+def _detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
+
+
+def batch_size(batch: Batch) -> int:
+    """Number of samples in a batch: the length of the first axis of its first tensor."""
+    for leaf in pytree.tree_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.ndim:
+            return leaf.shape[0]
+    raise SplitWatchError("batches: required tensors whose first axis is the sample, found a batch without any tensor")
+
+
+def _shares(batches: Sequence[Batch]) -> list[float]:
+    sizes = [batch_size(batch) for batch in batches]
+    return [size / sum(sizes) for size in sizes]
+
+
+def _halve(batch: Batch) -> list[Batch]:
+    size = batch_size(batch)
+    if size < 2:
+        raise SplitWatchError("batches: required two samples or more (one half is held out), found one; pass more batches")
+    return [select_samples(batch, torch.arange(i, size, 2)) for i in (0, 1)]
+
+
+def select_samples(batch: Batch, rows: Tensor) -> Batch:
+    """The batch with only some of its samples; everything that is not a per-sample tensor is kept."""
+    size = batch_size(batch)
+
+    def select(leaf: Any) -> Any:
+        per_sample = isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == size
+        return leaf[rows.to(leaf.device)] if per_sample else leaf
+
+    return pytree.tree_map(select, batch)
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; RNG state, modes, buffers and metric states outside are as before, to the bit."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers()]
+    metrics = {module: _metric_state(module) for module in model.modules() if isinstance(module, Metric)}
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        try:
+            model.eval()
+            yield
+        finally:
+            for module, training in modes.items():
+                module.training = training
+            for metric, state in metrics.items():
+                metric.__dict__.update(state)
+            with torch.no_grad():
+                for buffer, version, value in buffers:
+                    if buffer._version != version:
+                        buffer.copy_(value)
+
+
+def _metric_state(metric: Metric) -> dict[str, Any]:
+    """Everything a metric's update and compute may change, copied."""
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.detach().clone()
+        return list(value) if isinstance(value, list) else value
+
+    fixed = {"_parameters", "_buffers", "_modules"}
+    return {key: copied(value) for key, value in metric.__dict__.items() if key not in fixed}
