@@ -80,21 +80,26 @@ class Probe:
         """Number of samples in a half."""
         return sum(map(batch_size, self.half(half)))
 
-    def loss(self, model: nn.Module, half: str = "all") -> float:
+    def loss(self, model: nn.Module, half: str = "all", *, finite: bool = True) -> float:
         """Mean loss per sample over a half, in eval mode.
 
         Raises:
-            SplitWatchError: the loss is not a finite scalar.
+            SplitWatchError: the loss is not a scalar, or not ``finite`` where it has to be.
         """
         batches = self.half(half)
         with undisturbed(model), torch.no_grad():
-            losses = [float(self._checked(self.loss_fn(model, batch)).double()) for batch in batches]
+            losses = [float(self._checked(self.loss_fn(model, batch), finite).double()) for batch in batches]
         return sum(value * share for value, share in zip(losses, _shares(batches), strict=True))
 
-    def gradients(self, model: nn.Module) -> Iterator[tuple[Tensor, int]]:
-        """The gradient on every batch, flat over the trainable parameters, with the batch's size."""
+    def gradients(self, model: nn.Module, at_least: int = 8) -> Iterator[tuple[Tensor, int]]:
+        """The gradient on every batch, flat over the trainable parameters, with the batch's size.
+
+        Batches are cut into parts where there are fewer than ``at_least``, as far as their samples allow.
+        """
         parameters = [p for p in model.parameters() if p.requires_grad]
-        for batch in self.half("all"):
+        batches = self.half("all")
+        parts = -(-at_least // len(batches))
+        for batch in (part for batch in batches for part in _cut(batch, parts)):
             with undisturbed(model), torch.enable_grad():
                 loss = self._checked(self.loss_fn(model, batch))
                 grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
@@ -153,11 +158,11 @@ class Probe:
         return traces
 
     @staticmethod
-    def _checked(loss: Any) -> Tensor:
+    def _checked(loss: Any, finite: bool = True) -> Tensor:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(type(loss).__name__)
             raise SplitWatchError(f"loss_fn: required a scalar tensor (the batch's mean loss), found {found}; reduce it")
-        if not bool(torch.isfinite(loss)):
+        if finite and not bool(torch.isfinite(loss)):
             raise SplitWatchError(
                 f"loss_fn: required a finite loss, found {float(loss)}; "
                 "look for overflow or a division by zero in the model or the data"
@@ -214,7 +219,12 @@ def _halve(batch: Batch) -> list[Batch]:
     size = batch_size(batch)
     if size < 2:
         raise SplitWatchError("batches: required two samples or more (one half is held out), found one; pass more batches")
-    return [select_samples(batch, torch.arange(i, size, 2)) for i in (0, 1)]
+    return _cut(batch, 2)
+
+
+def _cut(batch: Batch, parts: int) -> list[Batch]:
+    parts, size = min(parts, batch_size(batch)), batch_size(batch)
+    return [batch] if parts == 1 else [select_samples(batch, torch.arange(i, size, parts)) for i in range(parts)]
 
 
 def select_samples(batch: Batch, rows: Tensor) -> Batch:

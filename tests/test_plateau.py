@@ -50,6 +50,15 @@ PATTERNS = [
 ]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Matrices here are tiny: threads would spend their time waiting for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def inertia(matrix, relative=1e-9):
     values = np.linalg.eigvalsh(np.asarray(matrix))
     zero = relative * np.abs(values).max(initial=0.0)

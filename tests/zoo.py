@@ -123,12 +123,12 @@ class Case:
                 nn.init.uniform_(module.running_var, 0.5, 1.5)
                 nn.init.uniform_(module.weight, 0.5, 1.5)
                 nn.init.normal_(module.bias, std=0.3)
-        data = torch.randn(samples * batches, *self.shape, dtype=dtype)
+        sizes = [samples + i % 3 - 1 for i in range(batches)]  # ragged in both halves
+        data = torch.randn(sum(sizes), *self.shape, dtype=dtype)
         with torch.no_grad():
             outputs = model.eval()(data)
         target = torch.randn_like(outputs)
         model.train()
-        sizes = [samples + (1 if i % 2 else -1) for i in range(batches)]
         return model, Probe(list(zip(data.split(sizes), target.split(sizes), strict=True)), mse)
 
 

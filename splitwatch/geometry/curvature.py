@@ -188,6 +188,28 @@ def insert_columns(v: Tensor, weight_shape: torch.Size, start: int, stride: int)
     return weight
 
 
+def incoming_weights(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
+    """The producers' weights and biases as one row a neuron, (m, d)."""
+    columns: list[Tensor] = []
+    for weight, bias in zip(weights, biases, strict=True):
+        columns += [weight.flatten(1)] if bias is None else [weight.flatten(1), bias[:, None]]
+    return torch.cat(columns, dim=1)
+
+
+def outgoing_weights(layer: HiddenLayer, readers: Sequence[Tensor]) -> Tensor:
+    """The consumers' weights as one row a neuron, (m, c)."""
+    pairs = zip(layer.consumers, readers, strict=True)
+    return torch.cat([extract_columns(weight, layer.width, c.start, c.stride) for c, weight in pairs], dim=1)
+
+
+def neuron_weights(model: nn.Module, layer: HiddenLayer) -> tuple[Tensor, Tensor]:
+    """Incoming weights w (m, d) and outgoing weights v (m, c) of a hidden layer of a model, detached."""
+    producers = [model.get_submodule(name) for name in layer.producers]
+    readers = [model.get_submodule(consumer.name).weight.detach() for consumer in layer.consumers]
+    biases = [None if module.bias is None else module.bias.detach() for module in producers]
+    return incoming_weights([module.weight.detach() for module in producers], biases), outgoing_weights(layer, readers)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerCurvature:
     """The curvature of one hidden layer, summed over the batches of one half of a probe."""
@@ -215,19 +237,9 @@ class LayerCurvature:
         """A tensor of the dtype and on the device that the products have."""
         return self.parts[0].z[0]
 
-    def incoming(self) -> Tensor:
-        """The incoming weights w, (m, d)."""
-        trace = self.parts[0].trace
-        columns: list[Tensor] = []
-        for weight, bias in zip(trace.weights, trace.biases, strict=True):
-            columns += [weight.flatten(1)] if bias is None else [weight.flatten(1), bias[:, None]]
-        return torch.cat(columns, dim=1)
-
     def outgoing(self) -> Tensor:
         """The outgoing weights v, (m, c)."""
-        trace, m = self.parts[0].trace, self.layer.width
-        pairs = zip(self.layer.consumers, trace.readers, strict=True)
-        return torch.cat([extract_columns(weight, m, c.start, c.stride) for c, weight in pairs], dim=1)
+        return outgoing_weights(self.layer, self.parts[0].trace.readers)
 
     def hessian(self, u: Tensor) -> Tensor:
         """S_r u_r for every neuron, (m, d) → (m, d)."""

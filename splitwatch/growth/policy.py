@@ -18,7 +18,7 @@ class GrowthPolicy:
         max_parameters: parameters of the network after growth.
         max_ratio: parameters after one event over parameters before it.
         max_events: growth events in one run.
-        coefficients: "auto" splits equally where an escape is confirmed and by signed coefficients elsewhere; "equal",
+        coefficients: "auto" splits equally, and by signed coefficients where equal ones let no neuron descend; "equal",
             "signed"; or the coefficients themselves, k numbers that sum to 1.
         cap: bound on Σ|λ| of signed coefficients; long negative coefficients lead to ever sharper regions.
         window: training steps the detector looks back over; also the least distance between two measurements.

@@ -1,0 +1,71 @@
+"""Collect a probe from the batches that training sees anyway, every sample at most once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from splitwatch.probe import Batch, LossFunction, Probe, batch_size, select_samples
+
+
+class ProbeCollector:
+    """Keeps training batches until it has ``samples`` distinct samples.
+
+    A sample that comes again (in a later epoch) is dropped, so that no sample stands in both halves of the probe.
+    """
+
+    def __init__(self, samples: int) -> None:
+        self.target = samples
+        self.clear()
+
+    def clear(self) -> None:
+        """Start afresh."""
+        self.batches: list[Batch] = []
+        self._seen: set[float] = set()
+        self._news = 1.0
+
+    @property
+    def samples(self) -> int:
+        """Distinct samples collected."""
+        return len(self._seen)
+
+    @property
+    def ready(self) -> bool:
+        """Whether a probe can be made: enough samples, or hardly any new ones left in the data."""
+        return len(self.batches) >= 2 and (self.samples >= self.target or self._news < 0.1)
+
+    def add(self, batch: Batch) -> None:
+        """Take over the samples of a batch that were not seen before; free once the probe is full."""
+        if self.samples >= self.target:
+            return
+        prints = _fingerprints(batch)
+        first = {value: i for i, value in reversed(list(enumerate(prints)))}
+        rows = sorted(i for value, i in first.items() if value not in self._seen)
+        self._news = len(rows) / len(prints)
+        if rows:
+            self._seen.update(prints[i] for i in rows)
+            self.batches.append(pytree.tree_map(_kept, select_samples(batch, torch.tensor(rows))))
+
+    def probe(self, loss_fn: LossFunction) -> Probe:
+        """The probe over everything collected."""
+        return Probe(self.batches, loss_fn)
+
+
+def _kept(leaf: object) -> object:
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _fingerprints(batch: Batch) -> list[float]:
+    """A number for each sample that differs between samples: a fixed random projection of all its tensors."""
+    size = batch_size(batch)
+    total: Tensor | None = None
+    for leaf in pytree.tree_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == size:
+            rows = leaf.detach().reshape(size, -1).double()
+            generator = torch.Generator().manual_seed(rows.shape[1])
+            weights = torch.randn(rows.shape[1], generator=generator, dtype=torch.float64).to(rows.device)
+            # A sum along each row, not a matrix product: its rounding does not depend on the row's place in the batch.
+            value = (rows * weights).sum(1)
+            total = value if total is None else total * 0.618 + value
+    return [] if total is None else total.tolist()

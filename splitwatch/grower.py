@@ -1,0 +1,218 @@
+"""The conductor for plain PyTorch loops: watch, measure, plan, grow, report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from splitwatch.collect import ProbeCollector
+from splitwatch.geometry.diagnose import diagnose_splits
+from splitwatch.geometry.measure import EQUAL, measure_geometry
+from splitwatch.growth.grow import count_parameters, grow
+from splitwatch.growth.plan import plan_growth
+from splitwatch.growth.policy import GrowthPolicy
+from splitwatch.layers import find_hidden_layers, select_layers
+from splitwatch.probe import Batch, LossFunction, Probe, batch_size
+from splitwatch.records import (
+    GrowthEvent,
+    GrowthPlan,
+    HiddenLayer,
+    LayerGeometry,
+    PlateauVerdict,
+    Split,
+    SplitWatchError,
+    StationarityVerdict,
+)
+from splitwatch.watch.stationarity import StationarityDetector
+
+Sink = Callable[[GrowthEvent], object]
+
+
+class Grower:
+    """Watches a training loop and widens the network where that helps.
+
+        grower = Grower(model, optimizer, loss_fn)
+        for batch in loader:
+            ...  # the training step as it was
+            grower.step(batch, loss)
+
+    Args:
+        model: the network; its modules stay, their parameters are replaced when it grows.
+        optimizer: the optimizer, or all of them.
+        loss_fn: ``loss_fn(model, batch)`` returns the scalar mean loss of a batch.
+        policy: budgets and schedule.
+        monitor_only: measure and report, never grow.
+        sinks: called with every event.
+        probe: fixed batches to measure on; by default they are collected from the training batches.
+        progress: show a progress bar while measuring (on a terminal).
+
+    Source of the procedure: docs/architecture.md.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Iterable[Optimizer],
+        loss_fn: LossFunction,
+        policy: GrowthPolicy | None = None,
+        *,
+        monitor_only: bool = False,
+        sinks: Iterable[Sink] = (),
+        probe: Probe | None = None,
+        progress: bool = True,
+    ) -> None:
+        self.model = model
+        self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        self.loss_fn, self.policy = loss_fn, policy or GrowthPolicy()
+        self.monitor_only, self.sinks, self.progress = monitor_only, list(sinks), progress
+        self.detector = StationarityDetector(self.policy.window, self.policy.tolerance, self.policy.noise_ratio)
+        self.collector = ProbeCollector(self.policy.probe_samples)
+        self.fixed_probe = probe
+        self.verdict: StationarityVerdict | None = None
+        self.events: list[GrowthEvent] = []
+        self.steps = self.growths = self.batch_size = 0
+        self.pending = False
+
+    def step(self, batch: Batch, loss: Tensor | float) -> GrowthEvent | None:
+        """Take note of one training step, after ``optimizer.step()``; measure and grow where it is time to.
+
+        Returns:
+            What happened, or None where nothing was measured.
+        """
+        self.observe(batch, loss)
+        return self.act()
+
+    def observe(self, batch: Batch, loss: Tensor | float) -> bool:
+        """Take note of one training step; returns whether a measurement is due."""
+        self.steps += 1
+        self.batch_size = max(self.batch_size, batch_size(batch))
+        if self.fixed_probe is None:
+            self.collector.add(batch)
+        verdict = self.detector.update(loss)
+        self.verdict = verdict or self.verdict
+        if verdict is not None and verdict.kind == "suspected" and not self._finished:
+            self.pending = self.fixed_probe is not None or self.collector.ready
+        return self.pending
+
+    def act(self) -> GrowthEvent | None:
+        """Do the measurement that is due, if any, and grow where it says so."""
+        if not self.pending:
+            return None
+        self.pending = False
+        event = replace(self._measure(), step=self.steps)
+        self.verdict = event.verdict or self.verdict
+        self.growths += event.grown
+        self.events.append(event)
+        self.detector.reset()
+        self.collector.clear()
+        for sink in self.sinks:
+            sink(event)
+        return event
+
+    def dry_run(self) -> GrowthPlan:
+        """What growth would do now, whatever the detector says; nothing is changed.
+
+        Raises:
+            SplitWatchError: no probe was given and too few batches were seen to make one.
+        """
+        probe = self._probe()
+        layers = self._layers(probe)
+        return plan_growth(self.model, measure_geometry(self.model, probe, layers), probe, self.policy)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has to survive a restart, in builtins. The probe is collected afresh."""
+        counts = {key: getattr(self, key) for key in ("steps", "growths", "batch_size", "pending")}
+        return {**counts, "detector": self.detector.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state; a decision that was pending is taken again when suspicion returns."""
+        for key in ("steps", "growths", "batch_size"):
+            setattr(self, key, state[key])
+        self.pending = bool(state["pending"]) and self.fixed_probe is not None
+        self.detector.load_state_dict(state["detector"])
+
+    @property
+    def _finished(self) -> bool:
+        return self.policy.max_events is not None and self.growths >= self.policy.max_events
+
+    def _probe(self) -> Probe:
+        if self.fixed_probe is not None:
+            return self.fixed_probe
+        if not self.collector.batches:
+            raise SplitWatchError("probe: required training batches to measure on, found none; call step first or pass one")
+        return self.collector.probe(self.loss_fn)
+
+    def _layers(self, probe: Probe) -> tuple[HiddenLayer, ...]:
+        return select_layers(find_hidden_layers(self.model, probe), self.policy.layers)
+
+    def _measure(self) -> GrowthEvent:
+        probe, parameters = self._probe(), count_parameters(self.model)
+        stages = _Stages(self.progress)
+        try:
+            with stages("gradient test"):
+                verdict = self.detector.test(self.model, probe, self.batch_size)
+            if verdict.kind != "stationary":
+                plan = GrowthPlan((), (), f"not at a stationary point ({verdict.kind})")
+                return GrowthEvent(plan, {}, (parameters,) * 2, verdict=verdict, seconds=stages.seconds)
+            with stages("geometry"):
+                layers = self._layers(probe)
+                geometry = measure_geometry(self.model, probe, layers)
+            with stages("plan"):
+                plan = plan_growth(self.model, geometry, probe, self.policy)
+            with stages("diagnosis"):
+                plateaus = self._plateaus(probe, layers, geometry, plan)
+            event = self._grown(plan, probe, stages)
+        finally:
+            stages.close()
+        return replace(event, verdict=verdict, geometry=geometry, plateaus=plateaus, seconds=stages.seconds)
+
+    def _grown(self, plan: GrowthPlan, probe: Probe, stages: _Stages) -> GrowthEvent:
+        if plan and not self.monitor_only:
+            with stages("growth"):
+                return grow(self.model, plan, self.optimizers, probe=probe)
+        widths = {layer.name: (layer.width, layer.width) for layer in plan.layers}
+        return GrowthEvent(plan, widths, (count_parameters(self.model),) * 2)
+
+    def _plateaus(
+        self,
+        probe: Probe,
+        layers: Iterable[HiddenLayer],
+        geometry: dict[str, LayerGeometry],
+        plan: GrowthPlan,
+    ) -> dict[str, PlateauVerdict]:
+        """Verdicts on the neuron of each layer that moves first: duplicated, and split as planned."""
+        first = {move.layer: move for move in reversed(plan.moves) if isinstance(move, Split)}
+        verdicts: dict[str, PlateauVerdict] = {}
+        for layer in layers:
+            move = first.get(layer.name)
+            neuron = int(geometry[layer.name].escape_eigenvalue.argmin()) if move is None else move.neuron
+            wanted = {"duplicated": EQUAL} | ({} if move is None else {"as planned": move.coefficients})
+            found = diagnose_splits(self.model, probe, layer, neuron, wanted.values())
+            verdicts |= {f"{layer.name}[{neuron}] {how}": v for how, v in zip(wanted, found, strict=True)}
+        return verdicts
+
+
+class _Stages:
+    """Times named stages and shows them on a progress bar."""
+
+    def __init__(self, progress: bool) -> None:
+        self.seconds: dict[str, float] = {}
+        self.bar = tqdm(total=5, desc="splitwatch", leave=False, disable=None if progress else True)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self.bar.set_postfix_str(name)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+        self.bar.update()
+
+    def close(self) -> None:
+        self.bar.close()

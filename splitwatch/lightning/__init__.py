@@ -1,0 +1,1 @@
+"""The Lightning front door."""

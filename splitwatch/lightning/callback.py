@@ -1,0 +1,147 @@
+"""SplitWatch: the Lightning callback, a thin adapter from hooks to the ``Grower``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pytorch_lightning as pl
+from torch import Tensor, nn
+
+from splitwatch.grower import Grower, Sink
+from splitwatch.growth.checkpoint import make_growable
+from splitwatch.growth.policy import GrowthPolicy
+from splitwatch.probe import Batch, LossFunction, Probe
+from splitwatch.records import GrowthEvent, SplitWatchError
+from splitwatch.report.board import TensorBoardSink, event_scalars
+
+
+class SplitWatch(pl.Callback):
+    """Watches a Lightning run and widens the LightningModule where that helps; the module needs no change.
+
+    Args:
+        policy: budgets and schedule.
+        monitor_only: measure and report, never grow.
+        loss_fn: ``loss_fn(module, batch)`` returns the scalar mean loss; by default ``training_step`` is called, in
+            eval mode and with its logging muted. Needed for manual optimization.
+        sinks: called with every event, besides the Trainer's loggers.
+        probe: fixed batches to measure on; by default they are collected from the training batches.
+
+    The measurement is decided on at the end of a step and carried out before the next one begins, never between two
+    accumulated batches. Lightning's own x-axis is used for everything that is logged.
+    """
+
+    def __init__(
+        self,
+        policy: GrowthPolicy | None = None,
+        monitor_only: bool = False,
+        loss_fn: LossFunction | None = None,
+        sinks: Iterable[Sink] = (),
+        probe: Probe | None = None,
+    ) -> None:
+        self.policy, self.monitor_only, self.loss_fn = policy or GrowthPolicy(), monitor_only, loss_fn
+        self.sinks, self.probe = list(sinks), probe
+        self.grower: Grower | None = None
+        self._saved: dict[str, Any] = {}
+        self._step = -1
+        self._boards: dict[int, TensorBoardSink] = {}
+
+    @property
+    def events(self) -> list[GrowthEvent]:
+        """Everything that was measured so far in this run."""
+        return [] if self.grower is None else self.grower.events
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let checkpoints of another width load; refuse what cannot work before training starts."""
+        make_growable(pl_module)
+        if stage == "fit" and self.loss_fn is None and not pl_module.automatic_optimization:
+            raise SplitWatchError(
+                "loss_fn: required for manual optimization, where training_step takes optimizer steps itself, found "
+                "None; pass SplitWatch(loss_fn=lambda module, batch: ...)"
+            )
+        if stage == "fit" and trainer.world_size > 1:
+            raise SplitWatchError(f"devices: required one process, found {trainer.world_size}; train on one device")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin to watch."""
+        self.grower = Grower(
+            pl_module,
+            trainer.optimizers,
+            self.loss_fn or training_step_loss,
+            self.policy,
+            monitor_only=self.monitor_only,
+            sinks=[lambda event: self._log(trainer, event), *self.sinks],
+            probe=self.probe,
+            progress=trainer.progress_bar_callback is not None,
+        )
+        if self._saved:
+            self.grower.load_state_dict(self._saved)
+        self._step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Take note of a step, unless gradients are still being accumulated."""
+        if self.grower is None or trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
+        if loss is None:
+            raise SplitWatchError("training_step: required a returned loss to watch, found None; return the loss")
+        self.grower.observe(trainer.precision_plugin.convert_input(batch), loss)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        """Measure and grow, if that is due, before the step begins."""
+        if self.grower is not None and batch_idx % trainer.accumulate_grad_batches == 0:
+            self.grower.act()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The grower's state, in builtins."""
+        return {} if self.grower is None else self.grower.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until training starts."""
+        self._saved = state_dict
+
+    def _log(self, trainer: pl.Trainer, event: GrowthEvent) -> None:
+        """Scalars to every logger, figures and texts to those whose experiment can show them."""
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        for logger in trainer.loggers:
+            logger.log_metrics(event_scalars(event), step=step)
+            experiment = getattr(logger, "experiment", None)
+            if hasattr(experiment, "add_histogram"):
+                board = self._boards.setdefault(id(logger), TensorBoardSink(experiment, scalars=False))
+                board(event, step)
+
+
+def training_step_loss(module: nn.Module, batch: Batch) -> Tensor:
+    """The loss that ``training_step`` returns for a batch, its logging muted.
+
+    Raises:
+        SplitWatchError: it returned no loss.
+    """
+    step = module.training_step  # pyright: ignore[reportAttributeAccessIssue]
+    takes_index = len(inspect.signature(step).parameters) > 1
+    with _muted(module):
+        output = step(batch, 0) if takes_index else step(batch)
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if loss is None:
+        raise SplitWatchError("training_step: required a loss for every probe batch, found None; pass loss_fn instead")
+    return loss
+
+
+@contextmanager
+def _muted(module: nn.Module) -> Iterator[None]:
+    """Logging calls of the module do nothing inside."""
+    names = ("log", "log_dict")
+    for name in names:
+        module.__dict__[name] = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        for name in names:
+            del module.__dict__[name]
