@@ -1,4 +1,4 @@
-"""splitwatch: watch a training run, notice stationary points, measure the geometry there, widen the network off them."""
+"""Watch a training run, notice stationary points, measure the geometry there, widen the network off them."""
 
 from __future__ import annotations
 

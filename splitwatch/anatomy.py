@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from splitwatch.linear_map import SUPPORTED, LinearCall, linear_call
-from splitwatch.tape import Tape, Value
+from splitwatch.tape import Call, Tape, Value
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,6 +60,13 @@ class Anatomy:
     def weight_uses(self, tensor: Tensor) -> int:
         """How often a tensor is read by the loss."""
         return len(self.tape.uses[self.tape.value(tensor)])
+
+    def describe(self, call: Call) -> str:
+        """A call in words: its function, and the module whose parameter it reads."""
+        for leaf in call.leaves:
+            if isinstance(leaf, Tensor) and (owner := self.owner(leaf)) and owner[0]:
+                return f"{call.name} ({owner[0]})"
+        return call.name
 
     def is_boundary(self, index: int) -> bool:
         """Whether the call at ``index`` ends a path: a Linear or a convolution that is not depthwise."""

@@ -146,7 +146,7 @@ class Grower:
         if self.fixed_probe is not None:
             return self.fixed_probe
         if not self.collector.batches:
-            raise SplitWatchError("probe: required training batches to measure on, found none; call step first or pass one")
+            raise SplitWatchError("probe: required training batches, found none; call step first or pass a probe")
         return self.collector.probe(self.loss_fn)
 
     def _layers(self, probe: Probe) -> tuple[HiddenLayer, ...]:

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from splitwatch.anatomy import Anatomy, Slice
+from splitwatch.channels import ChannelCodes, pre_activation
 from splitwatch.linear_map import SUPPORTED, LinearCall
 from splitwatch.records import Consumer, HiddenLayer, SplitWatchError, UnsupportedLayerError
-from splitwatch.tape import Call, Path, Tape, Value, evaluate, is_floating
+from splitwatch.tape import Call, Path, Tape, Value, is_floating
 
 if TYPE_CHECKING:
     from splitwatch.probe import Probe
@@ -98,7 +99,7 @@ class Discovery:
         if parametrize.is_parametrized(module) or hasattr(module, "weight_g") or hasattr(module, "weight_orig"):
             raise UnsupportedLayerError(f"{role} is parametrized: its weight is computed from other tensors")
         if not isinstance(module, SUPPORTED):
-            raise UnsupportedLayerError(f"{type(module).__name__} is not a layer type that can be widened (Linear, Conv1d/2d/3d are)")
+            raise UnsupportedLayerError(f"{type(module).__name__} is not a layer type that can be widened")
         parameters = [module.weight] + ([module.bias] if module.bias is not None else [])
         if any(len(self.anatomy.owners[id(p)]) > 1 for p in parameters):
             raise UnsupportedLayerError(f"{role} has tied weights: {name} shares them with another module")
@@ -107,7 +108,7 @@ class Discovery:
         if not calls:
             raise UnsupportedLayerError("its weight is used functionally" if uses else "the loss does not use it")
         if uses > 1:
-            raise UnsupportedLayerError(f"{role} is used {uses} times in one forward pass (a shared module or tied weights)")
+            raise UnsupportedLayerError(f"{role} is used {uses} times in one pass (a shared module or tied weights)")
         if not all(p.requires_grad for p in parameters):
             raise UnsupportedLayerError(f"{role} is frozen: its parameters do not require gradients")
         if calls[0].arguments["groups"] != 1:
@@ -119,7 +120,7 @@ class Discovery:
         while True:
             where, inner = self.anatomy.slice(producers)
             self._refuse_outputs(where, inner)
-            codes = self._codes(where)
+            codes = ChannelCodes(self.anatomy, where)
             joined, riders = self._couplings(where, codes)
             if not joined:
                 break
@@ -127,20 +128,15 @@ class Discovery:
         self._refuse_streams(where)
         self._refuse_replay(where)
         names = tuple(self._name(call) for call in producers)
-        operations = tuple(self._describe(self.tape.calls[i]) for i in where.path)
+        operations = tuple(self.anatomy.describe(self.tape.calls[i]) for i in where.path)
         return HiddenLayer(names[0], width, names, self._consumers(where, width, codes), riders, operations)
 
     def _name(self, call: LinearCall) -> str:
         owner = self.anatomy.owner(call.weight)
         if owner is None or not isinstance(owner[1], SUPPORTED):
-            raise UnsupportedLayerError(f"coupled to {self._describe(call.call)}, whose weight is not a plain module's")
+            meets = self.anatomy.describe(call.call)
+            raise UnsupportedLayerError(f"coupled to {meets}, whose weight is not a plain module's")
         return owner[0]
-
-    def _describe(self, call: Call) -> str:
-        for leaf in call.leaves:
-            if isinstance(leaf, Tensor) and (owner := self.anatomy.owner(leaf)) and owner[0]:
-                return f"{call.name} ({owner[0]})"
-        return call.name
 
     # --- refusals -----------------------------------------------------------------------------------------------
 
@@ -149,7 +145,8 @@ class Discovery:
         if not where.consumers:
             downstream = self.tape.downstream(reaches)
             used = self.loss in reaches or any(self.loss in self.tape.calls[i].results for i in downstream)
-            raise UnsupportedLayerError("an output layer: no linear layer reads it" if used else "the loss does not depend on it")
+            reason = "an output layer: no linear layer reads it" if used else "the loss does not depend on it"
+            raise UnsupportedLayerError(reason)
         if self.loss in reaches:
             raise UnsupportedLayerError("an output layer: it also reaches the loss directly")
 
@@ -158,26 +155,24 @@ class Discovery:
         reached = set(where.starts).union(*(self.tape.calls[i].results for i in below))
         for call in where.producers:
             if call.input in reached:
-                raise UnsupportedLayerError(f"part of a residual stream: {self._name(call)} adds to it and reads from it")
+                raise UnsupportedLayerError(f"part of a residual stream: {self._name(call)} reads and adds to it")
 
     def _refuse_replay(self, where: Slice) -> None:
         path = Path(self.tape, where.path, where.starts, where.ends)
         with torch.no_grad():
-            replayed = path(*(_pre_activation(call) for call in where.producers))
+            replayed = path(*(pre_activation(call) for call in where.producers))
         for call, values in zip(where.consumers, replayed, strict=True):
             expected = call.arguments["input"].detach()
             scale = torch.finfo(expected.dtype).eps * 64 * expected.abs().amax()
             if not bool(((values - expected).abs() <= scale).all()):
-                raise UnsupportedLayerError("its path cannot be replayed (randomness in eval mode, or in-place changes of views)")
+                raise UnsupportedLayerError("its path cannot be replayed (randomness, or views changed in place)")
 
-    # --- what depends on which channel ---------------------------------------------------------------------------
-
-    def _couplings(self, where: Slice, codes: dict[Value, Tensor]) -> tuple[list[LinearCall], tuple[str, ...]]:
+    def _couplings(self, where: Slice, codes: ChannelCodes) -> tuple[list[LinearCall], tuple[str, ...]]:
         """Further producers and the riders that the path needs."""
         joined: dict[int, LinearCall] = {}
         riders: dict[str, None] = {}
         for call in (self.tape.calls[i] for i in where.path):
-            for leaf in self._bound_leaves(call, codes):
+            for leaf in codes.bound_leaves(call):
                 owner = self.anatomy.owner(call.leaves[leaf])
                 if owner is None:
                     joined |= {c.index: c for c in self._sources(call, call.inputs[leaf])}
@@ -189,7 +184,8 @@ class Discovery:
     def _rider(self, owner: tuple[str, nn.Module], tensor: Tensor, width: int) -> str:
         name, module = owner
         if not isinstance(module, RIDERS) or tensor.shape[0] != width:
-            raise UnsupportedLayerError(f"{name or type(module).__name__} holds one entry per neuron in a way that cannot be widened")
+            owner_name = name or type(module).__name__
+            raise UnsupportedLayerError(f"{owner_name} holds one entry per neuron and cannot be widened")
         if self.anatomy.weight_uses(tensor) > 1 or len(self.anatomy.owners[id(tensor)]) > 1:
             raise UnsupportedLayerError(f"{name} holds one entry per neuron but is shared with another layer")
         return name
@@ -209,97 +205,29 @@ class Discovery:
                 continue
             inputs = [v for i, v in source.inputs.items() if self._is_activation(source.leaves[i])]
             if not inputs:
-                raise UnsupportedLayerError(f"part of a residual stream: meets {self._describe(source)} in {call.name}")
+                meets = self.anatomy.describe(source)
+                raise UnsupportedLayerError(f"part of a residual stream: meets {meets} in {call.name}")
             waiting += inputs
         return found
 
     def _is_activation(self, leaf: Tensor) -> bool:
         return is_floating(leaf) and self.anatomy.owner(leaf) is None and leaf.numel() > 1
 
-    def _codes(self, where: Slice) -> dict[Value, Tensor]:
-        """For every value on the path the channel each element depends on, -1 for none; refuses mixing."""
-        widths = {call.weight.shape[0] for call in where.producers}
-        if len(widths) > 1:
-            raise UnsupportedLayerError(f"producers of different widths {sorted(widths)} meet on its path")
-        replay = _Replay(Path(self.tape, where.path, where.starts, where.ends), where.producers)
-        codes = {v: torch.zeros(t.shape, dtype=torch.int32, device=t.device) for v, t in replay.base.items()}
-        touched = {v: torch.zeros_like(code, dtype=torch.bool) for v, code in codes.items()}
-        for bit in range(max(1, (where.width - 1).bit_length())):
-            ones, zeros = replay.changed(bit, 1), replay.changed(bit, 0)
-            self._refuse_mixing(where, {v: ones[v] & zeros[v] for v in codes})
-            for v, code in codes.items():
-                code += ones[v].int() << bit
-                touched[v] |= ones[v] | zeros[v]
-        return {v: torch.where(touched[v], code, -1) for v, code in codes.items()}
-
-    def _refuse_mixing(self, where: Slice, mixed: dict[Value, Tensor]) -> None:
-        for i in where.path:
-            call = self.tape.calls[i]
-            if any(bool(mixed[v].any()) for v in call.results if v in mixed):
-                raise UnsupportedLayerError(f"{self._describe(call)} on its path mixes the channels")
-
-    def _bound_leaves(self, call: Call, codes: dict[Value, Tensor]) -> list[int]:
-        """The constant leaves of a call that hold one entry per channel, found by changing single entries."""
-        call = _detached(call)
-        inner = {i for i, v in call.inputs.items() if v in codes}
-        outer = [i for i in call.inputs if i not in inner and self._may_be_bound(call.leaves[i])]
-        with torch.no_grad():
-            fixed = {i: _normal(call.leaves[i]) for i in inner if is_floating(call.leaves[i])}
-            return [i for i in outer if self._touched_channels(call, i, fixed, codes) == 1]
-
-    def _may_be_bound(self, leaf: Tensor) -> bool:
-        """Single numbers serve every channel alike, except in a BatchNorm over one channel."""
-        owner = self.anatomy.owner(leaf)
-        return is_floating(leaf) and (leaf.numel() > 1 or (owner is not None and isinstance(owner[1], RIDERS[0])))
-
-    def _touched_channels(self, call: Call, leaf: int, fixed: dict[int, Tensor], codes: dict[Value, Tensor]) -> int:
-        """How many channels one entry of a constant reaches (none where the call only puts it beside them)."""
-        changed = call.leaves[leaf].detach().clone(memory_format=torch.contiguous_format)
-        changed.view(-1)[changed.numel() // 2] += 1 + changed.abs().amax()
-        before, after = evaluate(call, fixed), evaluate(call, fixed | {leaf: changed})
-        reached: set[int] = set()
-        for v in (v for v in call.results if v in codes and before[v].shape == codes[v].shape):
-            reached.update(codes[v][(before[v] != after[v]) & (codes[v] >= 0)].unique().tolist())
-        return len(reached)
-
-    def _consumers(self, where: Slice, width: int, codes: dict[Value, Tensor]) -> tuple[Consumer, ...]:
+    def _consumers(self, where: Slice, width: int, codes: ChannelCodes) -> tuple[Consumer, ...]:
         consumers = []
         for call in where.consumers:
             name = self._name(call)
             self._checked(name, self.model.get_submodule(name), f"its consumer {name}")
-            columns = codes[call.input].movedim(call.channel_axis, 0).flatten(1).amax(1)
-            consumers.append(_block(name, columns.tolist(), width))
+            consumers.append(_block(name, codes.columns(call), width))
         return tuple(consumers)
-
-
-class _Replay:
-    """Replays a path on two independent draws of the pre-activations, exchanged on half of the channels."""
-
-    def __init__(self, path: Path, producers: Sequence[LinearCall]) -> None:
-        self.path = path
-        self.draws = [_random_pair(call) for call in producers]
-        self.axes = [call.channel_axis for call in producers]
-        with torch.no_grad():
-            self.base = path.trace(*(a for a, _ in self.draws))
-
-    @torch.no_grad()
-    def changed(self, bit: int, side: int) -> dict[Value, Tensor]:
-        """Which elements change when the channels whose ``bit`` equals ``side`` are exchanged."""
-        starts = [self._exchange(a, b, axis, bit, side) for (a, b), axis in zip(self.draws, self.axes, strict=True)]
-        values = self.path.trace(*starts)
-        return {v: (t != self.base[v]) & ~(t.isnan() & self.base[v].isnan()) for v, t in values.items()}
-
-    @staticmethod
-    def _exchange(a: Tensor, b: Tensor, axis: int, bit: int, side: int) -> Tensor:
-        members = (torch.arange(a.shape[axis], device=a.device) >> bit) & 1 == side
-        return torch.where(members.reshape(-1, *[1] * (-axis - 1)), b, a)
 
 
 def _block(name: str, columns: list[int], width: int) -> Consumer:
     """The contiguous block of a consumer's columns that reads the neurons in order."""
     members = [j for j, channel in enumerate(columns) if channel >= 0]
-    counts = Counter(columns[j] for j in members)
-    stride = max(counts.values())
+    if not members:
+        raise UnsupportedLayerError(f"what its consumer {name} reads does not depend on it")
+    stride = max(Counter(columns[j] for j in members).values())
     start = members[0] - (columns[members[0]] * stride)
     expected = {start + r * stride + p: r for r in range(width) for p in range(stride)}
     if start < 0 or any(columns[j] != expected.get(j) for j in members):
@@ -314,25 +242,3 @@ def _holds_weights(module: nn.Module) -> bool:
 
 def _is_quantised(module: nn.Module) -> bool:
     return "quantized" in type(module).__module__ and callable(getattr(module, "weight", None))
-
-
-def _detached(call: Call) -> Call:
-    leaves = tuple(leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in call.leaves)
-    return Call(call.function, leaves, call.spec, call.inputs, call.outputs, call.mutated)
-
-
-def _pre_activation(call: LinearCall) -> Tensor:
-    values = evaluate(_detached(call.call), {})
-    return values[call.output]
-
-
-def _normal(like: Tensor, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(like.shape, generator=generator).to(like)
-
-
-def _random_pair(call: LinearCall) -> tuple[Tensor, Tensor]:
-    """Two independent draws of a producer's output, of its own size."""
-    z = _pre_activation(call)
-    scale = z.std() if z.numel() > 1 and bool(z.std() > 0) else z.new_ones(())
-    return _normal(z, 2 * call.index) * scale, _normal(z, 2 * call.index + 1) * scale

@@ -57,7 +57,7 @@ def linear_call(tape: Tape, index: int) -> LinearCall | None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LinearMap:
-    """y = W · x + b for one fixed input x, W of shape ``weight_shape``; ``conv`` is None or (stride, padding, dilation)."""
+    """y = W · x + b at one fixed input x; ``conv`` is None or (stride, padding, dilation)."""
 
     input: Tensor
     weight_shape: torch.Size

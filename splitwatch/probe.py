@@ -65,7 +65,7 @@ class Probe:
     def __init__(self, batches: Iterable[Batch], loss_fn: LossFunction) -> None:
         batches = list(batches)
         if not batches:
-            raise SplitWatchError("batches: required at least one batch, found none; pass training batches to the probe")
+            raise SplitWatchError("batches: required at least one batch, found none; pass training batches")
         if len(batches) == 1:
             batches = _halve(batches[0])
         self.fitted: tuple[Batch, ...] = tuple(batches[::2])
@@ -95,11 +95,14 @@ class Probe:
         """The gradient on every batch, flat over the trainable parameters, with the batch's size.
 
         Batches are cut into parts where there are fewer than ``at_least``, as far as their samples allow.
+
+        Yields:
+            One pair (gradient, size) after the other.
         """
         parameters = [p for p in model.parameters() if p.requires_grad]
         batches = self.half("all")
         parts = -(-at_least // len(batches))
-        for batch in (part for batch in batches for part in _cut(batch, parts)):
+        for batch in (piece for whole in batches for piece in _cut(whole, parts)):
             with undisturbed(model), torch.enable_grad():
                 loss = self._checked(self.loss_fn(model, batch))
                 grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
@@ -161,10 +164,10 @@ class Probe:
     def _checked(loss: Any, finite: bool = True) -> Tensor:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(type(loss).__name__)
-            raise SplitWatchError(f"loss_fn: required a scalar tensor (the batch's mean loss), found {found}; reduce it")
+            raise SplitWatchError(f"loss_fn: required a scalar (the batch's mean loss), found {found}; reduce it")
         if finite and not bool(torch.isfinite(loss)):
             raise SplitWatchError(
-                f"loss_fn: required a finite loss, found {float(loss)}; "
+                f"loss_fn: required a finite loss, found {float(loss.detach())}; "
                 "look for overflow or a division by zero in the model or the data"
             )
         return loss
@@ -218,7 +221,7 @@ def _shares(batches: Sequence[Batch]) -> list[float]:
 def _halve(batch: Batch) -> list[Batch]:
     size = batch_size(batch)
     if size < 2:
-        raise SplitWatchError("batches: required two samples or more (one half is held out), found one; pass more batches")
+        raise SplitWatchError("batches: required two samples or more (half is held out), found one; pass more")
     return _cut(batch, 2)
 
 

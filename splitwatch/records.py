@@ -236,7 +236,8 @@ class GrowthPlan:
             "decrease on the fitted half": f"{self.fitted_decrease:.4e}",
             "decrease on the held-out half": f"{self.held_out_decrease:.4e}",
         }
-        head = _table(f"{sum(move.added for move in self.moves)} new neurons: {self.reason}", rows if self.moves else {})
+        added = sum(move.added for move in self.moves)
+        head = _table(f"{added} new neurons: {self.reason}", rows if self.moves else {})
         return "\n".join([head, *(f"  · {move}" for move in self.moves)])
 
 

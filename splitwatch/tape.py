@@ -109,7 +109,7 @@ class Tape(TorchFunctionMode):
             self.uses[value].append(index)
 
     def downstream(self, starts: Iterable[Value], stop: Callable[[int], bool] = lambda index: False) -> list[int]:
-        """Indices of the calls that depend on ``starts``, in order; nothing flows through a call that ``stop`` names."""
+        """The calls that depend on ``starts``, in order; nothing flows through a call that ``stop`` names."""
         reached, found = set(starts), []
         first = min((self.uses[value][0] for value in reached if self.uses[value]), default=len(self.calls))
         for index in range(first, len(self.calls)):

@@ -64,35 +64,31 @@ class Linearised:
         keys = [f"{name}.{key}" for name in self.layer.producers for key in ("weight", "bias")]
         return [key for key in keys if key in self.parameters]
 
+    def rows(self):
+        """The incoming weights, one row a neuron: (m, d)."""
+        return torch.cat([self.parameters[key].reshape(self.layer.width, -1) for key in self.incoming()], 1)
+
     def hessian(self):
         """∂²φ/∂W∂W, (m, d, m, d)."""
-        keys = self.incoming()
-        w = torch.cat([self.parameters[key].flatten(1 - (self.parameters[key].ndim < 2)).reshape(self.layer.width, -1)
-                       for key in keys], 1)  # fmt: skip
-
-        def phi(w):
-            return self(self._unpacked(w, keys))
-
-        return jacrev(grad(phi))(w)
+        return jacrev(grad(lambda w: self(self._unpacked(w))))(self.rows()).detach()
 
     def mixed(self):
         """∂²φ/∂V∂W in the columns that read the neurons, (m, c, m, d)."""
-        keys, m = self.incoming(), self.layer.width
-        w = torch.cat([self.parameters[key].reshape(m, -1) for key in keys], 1)
-        blocks = []
+        m, w, blocks = self.layer.width, self.rows(), []
         for consumer in self.layer.consumers:
             key = f"{consumer.name}.weight"
             columns = torch.arange(m)[:, None] * consumer.stride + torch.arange(consumer.stride) + consumer.start
 
             def phi_v(v, w, key=key):
-                return self({key: v, **self._unpacked(w, keys)})
+                return self({key: v, **self._unpacked(w)})
 
             both = jacrev(grad(phi_v), argnums=1)(self.parameters[key], w)  # (o, i, *k, m, d)
             per_neuron = both[:, columns]  # (o, m, stride, *k, m, d)
             blocks.append(per_neuron.movedim(1, 0).reshape(m, -1, *w.shape))
-        return torch.cat(blocks, 1)
+        return torch.cat(blocks, 1).detach()
 
-    def _unpacked(self, w, keys):
+    def _unpacked(self, w):
+        keys = self.incoming()
         shapes = [self.parameters[key].shape for key in keys]
         parts = w.split([shape[1:].numel() for shape in shapes], 1)
         return {key: part.reshape(shape) for key, part, shape in zip(keys, parts, shapes, strict=True)}

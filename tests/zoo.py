@@ -62,8 +62,7 @@ class GatedMLP(nn.Module):
         self.norm = nn.LayerNorm(4)
 
     def forward(self, x):
-        x = x + self.down(F.silu(self.gate(self.norm(x))) * self.up(self.norm(x)))
-        return x
+        return x + self.down(F.silu(self.gate(self.norm(x))) * self.up(self.norm(x)))
 
 
 class TwoHeads(nn.Module):
@@ -90,7 +89,8 @@ class Branching(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layers = nn.ModuleDict({"a": nn.Sequential(nn.Linear(4, 5), nn.Sequential(Wiggle())), "b": nn.Linear(5, 2)})
+        first = nn.Sequential(nn.Linear(4, 5), nn.Sequential(Wiggle()))
+        self.layers = nn.ModuleDict({"a": first, "b": nn.Linear(5, 2)})
 
     def forward(self, x):
         h = self.layers["a"](x)
@@ -143,7 +143,8 @@ def mlp():
 def conv_bn():
     return nn.Sequential(
         nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.SiLU(inplace=True), nn.AvgPool2d(2),
-        nn.Conv2d(4, 5, 3, stride=2, padding=1, dilation=1), nn.Softplus(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(5, 3),
+        nn.Conv2d(4, 5, 3, stride=2, padding=1, dilation=1), nn.Softplus(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(5, 3),
     )  # fmt: skip
 
 

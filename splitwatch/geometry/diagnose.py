@@ -12,8 +12,8 @@ from splitwatch.geometry.plateau import Narrow, classify_split
 from splitwatch.probe import Probe
 from splitwatch.records import HiddenLayer, PlateauVerdict
 
-DENSE_LIMIT = 512
-"""Incoming or outgoing weights of a neuron up to which its matrices are formed."""
+DENSE_LIMIT = 128
+"""Incoming or outgoing weights of a neuron up to which its matrices are formed, one product a column."""
 
 
 def diagnose_splits(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from splitwatch.growth.surgery import columns, rows
+from splitwatch.growth.handlers import columns, rows
 from splitwatch.records import GrowthPlan, SplitWatchError
 
 _KEY = "splitwatch"
@@ -45,7 +45,7 @@ class GrowthHistory:
         if metadata is not None and self.layers:
             metadata.setdefault(prefix.removesuffix("."), {})[_KEY] = self.layers
 
-    def on_load(self, module: nn.Module, state: Mapping[str, Any], prefix: str, local: Mapping[str, Any], *_: Any) -> None:
+    def on_load(self, module: nn.Module, state: Any, prefix: str, local: Mapping[str, Any], *_: Any) -> None:
         """Load pre-hook: give the model the widths of the state dict."""
         stored = local.get(_KEY, {})
         for name in {**self.layers, **stored}:
@@ -69,6 +69,29 @@ def remember(model: nn.Module, plan: GrowthPlan) -> None:
     make_growable(model).add(plan)
 
 
+def read_history(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
+    """The growth that a Lightning checkpoint or a saved state dict records, by layer; empty where there is none.
+
+    Raises:
+        SplitWatchError: the file holds no state dict.
+    """
+    state, _ = _state_dict(path)
+    metadata = getattr(state, "_metadata", {})
+    return next((entry[_KEY] for entry in metadata.values() if _KEY in entry), {})
+
+
+def _state_dict(path: str | os.PathLike[str]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """The state dict in a file, and the checkpoint around it."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise SplitWatchError(f"path: required an existing file, found none at {path}") from None
+    state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else None
+    if state is None or not all(isinstance(value, Tensor) for value in state.values()):
+        raise SplitWatchError(f"path: required a Lightning checkpoint or a state dict, found something else in {path}")
+    return state, checkpoint
+
+
 def load_grown(cls: Any, path: str | os.PathLike[str], **kwargs: Any) -> Any:
     """Build a module and load a checkpoint of any width into it.
 
@@ -80,10 +103,7 @@ def load_grown(cls: Any, path: str | os.PathLike[str], **kwargs: Any) -> Any:
     Raises:
         SplitWatchError: the file holds no state dict.
     """
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else None
-    if state is None or not all(isinstance(value, Tensor) for value in state.values()):
-        raise SplitWatchError(f"path: required a Lightning checkpoint or a state dict, found something else in {path}")
+    state, checkpoint = _state_dict(path)
     model = cls(**{**checkpoint.get("hyper_parameters", {}), **kwargs})
     make_growable(model)
     model.load_state_dict(state)

@@ -111,8 +111,8 @@ def _drift(model: nn.Module, plan: GrowthPlan, probe: Probe) -> float:
     bound = _DRIFT_BOUNDS.get(before[0].dtype, 8 * torch.finfo(before[0].dtype).eps)
     if not (isfinite(drift) and drift <= bound):
         raise SplitWatchError(
-            f"plan: required outputs that change by at most {bound:g} (relative) at zero offset, found {drift:.2e} in the "
-            f"consumers of {sorted(grown)}; the model was left as it was"
+            f"plan: required outputs that change by at most {bound:g} (relative) at zero offset, found {drift:.2e} in "
+            f"the consumers of {sorted(grown)}; the model was left as it was"
         )
     return drift
 

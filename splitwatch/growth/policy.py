@@ -46,7 +46,7 @@ class GrowthPolicy:
                 raise SplitWatchError(f"{name}: required a number ≥ 0 or None, found {value}")
         if isinstance(self.coefficients, str) and self.coefficients not in {"auto", "equal", "signed"}:
             raise SplitWatchError(
-                f'coefficients: required "auto", "equal", "signed" or numbers that sum to 1, found {self.coefficients!r}'
+                f'coefficients: required "auto", "equal", "signed" or numbers, found {self.coefficients!r}'
             )
         if not self.cap > 1:
             raise SplitWatchError(f"cap: required Σ|λ| > 1 (1 leaves no negative coefficient), found {self.cap}")

@@ -118,16 +118,26 @@ def _trend(means: Tensor) -> tuple[float, float]:
 def gradient_statistics(gradients: Sequence[Tensor], sizes: Sequence[int]) -> tuple[float, float, float, float]:
     """From batch gradients g_i over n_i samples: |E g|, its upper and lower 95 % bounds, and tr Cov of one sample.
 
-    |E g|² is estimated by Σ_{i≠j} n_i n_j ⟨g_i, g_j⟩ / Σ_{i≠j} n_i n_j, which is unbiased for any batch sizes.
+    |E g|² is estimated by Σ_{i≠j} n_i n_j ⟨g_i, g_j⟩ / Σ_{i≠j} n_i n_j, which is unbiased for any batch sizes; its
+    standard error is that of the jackknife over batches, which errs on the large side where E g = 0.
     """
     stacked = torch.stack(list(gradients)).double()
     n = torch.tensor(sizes, dtype=torch.float64, device=stacked.device)
     gram = stacked @ stacked.T
     weights = torch.outer(n, n).fill_diagonal_(0)
     square = float((weights * gram).sum() / weights.sum())
-    spread = float((2 * ((weights * gram) ** 2).sum()).sqrt() / weights.sum())
+    spread = _jackknife(weights * gram, weights)
     share = n / n.sum()
     centred = gram.diagonal() - 2 * gram @ share + share @ gram @ share
     variance = float((n * centred).sum() / (len(n) - 1))
     upper, lower = max(square, 0.0) + _Z_95 * spread, square - _Z_95 * spread
     return max(square, 0.0) ** 0.5, upper**0.5, max(lower, 0.0) ** 0.5, variance
+
+
+def _jackknife(terms: Tensor, weights: Tensor) -> float:
+    """Standard error of Σ terms / Σ weights over pairs of batches, leaving out one batch at a time."""
+    n = len(terms)
+    if n < 3:
+        return float("inf")
+    rest, mass = (pairs.sum() - pairs.sum(0) - pairs.sum(1) for pairs in (terms, weights))
+    return float(((rest / mass).var(correction=0) * (n - 1)).sqrt())

@@ -1,0 +1,118 @@
+"""The command line: ``splitwatch demo | inspect | report | bench``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from splitwatch.records import HiddenLayer, SplitWatchError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except SplitWatchError as error:
+        Console(stderr=True).print(f"[bold red]splitwatch:[/bold red] {error}", highlight=False)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="splitwatch", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+    demo = commands.add_parser("demo", help="a narrow network gets stuck on digits, is diagnosed, widened, freed")
+    demo.add_argument("--logdir", type=Path, default=Path("runs/demo"), help="where TensorBoard's files go")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--steps", type=int, default=3200, help="training steps of each of the three runs")
+    demo.set_defaults(run=_demo)
+    inspect = commands.add_parser("inspect", help="what can be widened in a model, or how a checkpoint grew")
+    inspect.add_argument("target", help="a checkpoint file, or package.module:function that returns (model, probe)")
+    inspect.set_defaults(run=_inspect)
+    report = commands.add_parser("report", help="the growth events of a TensorBoard log directory")
+    report.add_argument("logdir", type=Path)
+    report.set_defaults(run=_report)
+    bench = commands.add_parser("bench", help="what measuring costs on this machine, against a training step")
+    bench.add_argument("--width", type=int, default=512, help="neurons in each of the two hidden layers")
+    bench.set_defaults(run=_bench)
+    return parser
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from splitwatch.lightning.demo import run
+
+    run(options.logdir, options.seed, options.steps)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    if ":" in options.target and not Path(options.target).exists():
+        from splitwatch.layers import find_hidden_layers
+
+        Console().print(layer_table(find_hidden_layers(*_load(options.target))))
+    else:
+        Console().print(_history_table(Path(options.target)))
+
+
+def layer_table(layers: Sequence[HiddenLayer]) -> Table:
+    """Every layer with what it can do or why it cannot."""
+    table = Table(title="Hidden layers")
+    for heading in ("layer", "neurons", "can be widened"):
+        table.add_column(heading)
+    for layer in layers:
+        words = f"no: {layer.reason}" if layer.reason else "yes: " + str(layer).split(": ", 2)[2]
+        table.add_row(layer.name, str(layer.width or ""), words)
+    return table
+
+
+def _load(target: str) -> Any:
+    """Call ``package.module:function`` with the working directory on the path."""
+    name, _, attribute = target.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        function = getattr(importlib.import_module(name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise SplitWatchError(f"target: required package.module:function, found {target!r}: {error}") from error
+    return function()
+
+
+def _history_table(path: Path) -> Table:
+    from splitwatch.growth.checkpoint import read_history
+
+    history = read_history(path)
+    table = Table(title=f"Growth recorded in {path.name}" if history else f"{path.name} records no growth")
+    for heading in ("layer", "widths", "consumers"):
+        table.add_column(heading)
+    for name, entry in history.items():
+        consumers = ", ".join(consumer[0] for consumer in entry["consumers"])
+        table.add_row(name, " → ".join(map(str, entry["widths"])), consumers)
+    return table
+
+
+def _report(options: argparse.Namespace) -> None:
+    from splitwatch.report.board import read_events
+
+    texts = read_events(options.logdir)
+    if not texts:
+        raise SplitWatchError(f"logdir: required TensorBoard files with growth events, found none in {options.logdir}")
+    for step, text in texts:
+        Console().print(f"[bold]step {step}[/bold]")
+        Console().print(text, markup=False, highlight=False)
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from splitwatch.bench import curvature_costs
+
+    table = Table(title=f"784-{options.width}-{options.width}-10, batch 1024, float32, one thread")
+    for heading in ("", "CPU seconds", "training steps"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for name, seconds, ratio in curvature_costs(options.width):
+        table.add_row(name, f"{seconds:.3f}", f"{ratio:.2f}")
+    Console().print(table)

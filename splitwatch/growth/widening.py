@@ -1,0 +1,169 @@
+"""A plan's moves in one layer as an index map: where the entries of every widened tensor come from."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from splitwatch.records import GrowthPlan, HiddenLayer, Split, SplitWatchError, Sprout, UnsupportedLayerError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class IndexMap:
+    """Where the entries of a widened tensor come from: entry j from ``source[j]``, -1 for a sprout.
+
+    ``axis`` is 0 for rows, 1 for a consumer's columns, where neuron r owns ``start + r·stride … + stride``.
+    """
+
+    source: Tensor
+    old_width: int
+    axis: int = 0
+    start: int = 0
+    stride: int = 1
+
+    def __call__(self, tensor: Tensor, factor: Tensor | None = None, default: float = 0.0) -> Tensor:
+        """The widened tensor: entries are copied by ``source``, times ``factor`` (new width,) where given."""
+        blocks = self.blocks(tensor)
+        copied = blocks.index_select(0, self.source.clamp(min=0).to(tensor.device))
+        copied[(self.source < 0).to(tensor.device)] = default
+        if factor is not None:
+            copied = copied * as_column(factor, copied)
+        return self.put(tensor, copied)
+
+    def blocks(self, tensor: Tensor) -> Tensor:
+        """The tensor seen as one block per neuron, (m, …)."""
+        used = tensor.narrow(self.axis, self.start, self.old_width * self.stride)
+        return used.unflatten(self.axis, (self.old_width, self.stride)).movedim(self.axis, 0)
+
+    def put(self, tensor: Tensor, blocks: Tensor) -> Tensor:
+        """The tensor with other blocks in the place of its own."""
+        stop = self.start + self.old_width * self.stride
+        head = tensor.narrow(self.axis, 0, self.start)
+        tail = tensor.narrow(self.axis, stop, tensor.shape[self.axis] - stop)
+        middle = blocks.movedim(0, self.axis).flatten(self.axis, self.axis + 1)
+        return torch.cat([head, middle.to(tensor), tail], dim=self.axis)
+
+
+def as_column(factor: Tensor, like: Tensor) -> Tensor:
+    """A vector with one entry a neuron, shaped to scale the first axis of another tensor."""
+    return factor.to(like).reshape(-1, *[1] * (like.ndim - 1))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Widening:
+    """All moves of a plan in one layer as an index map: source (-1 for sprouts), coefficients, offsets."""
+
+    layer: HiddenLayer
+    source: Tensor
+    coefficients: Tensor
+    in_offset: Tensor
+    out_offset: Tensor
+
+    @property
+    def width(self) -> int:
+        """Number of neurons after growth."""
+        return len(self.source)
+
+
+def widenings(model: nn.Module, plan: GrowthPlan) -> tuple[Widening, ...]:
+    """The plan's moves, layer by layer, checked against the model.
+
+    Raises:
+        SplitWatchError: a move names a layer the plan does not have, a neuron that does not exist or is split twice, or
+            carries offsets of the wrong shape.
+    """
+    layers = {layer.name: layer for layer in plan.layers}
+    moves: dict[str, list[Split | Sprout]] = defaultdict(list)
+    for move in plan.moves:
+        if move.layer not in layers:
+            raise SplitWatchError(f"plan: required moves in its layers {sorted(layers)}, found one in {move.layer!r}")
+        moves[move.layer].append(move)
+    return tuple(_widening(model, layers[name], items) for name, items in moves.items())
+
+
+def _widening(model: nn.Module, layer: HiddenLayer, moves: Sequence[Split | Sprout]) -> Widening:
+    d, c = _sizes(model, layer)
+    like = model.get_submodule(layer.producers[0]).weight
+    base = {"dtype": torch.float64, "device": "cpu"}
+    source = list(range(layer.width))
+    coefficients = [1.0] * layer.width
+    in_offset, out_offset = ([torch.zeros(n, **base)] * layer.width for n in (d, c))
+    split: set[int] = set()
+    for move in moves:
+        _check_move(move, layer, d, c, split)
+        if isinstance(move, Sprout):
+            source.append(-1)
+            coefficients.append(0.0)
+            in_offset.append(move.incoming.to(**base))
+            out_offset.append(move.outgoing.to(**base))
+            continue
+        split.add(move.neuron)
+        for j, coefficient in enumerate(move.coefficients):
+            place = move.neuron if j == 0 else len(source)
+            for values, value in (
+                (source, move.neuron),
+                (coefficients, coefficient),
+                (in_offset, move.in_offset[j].to(**base)),
+                (out_offset, move.out_offset[j].to(**base)),
+            ):
+                values[place : place + 1] = [value]
+    return Widening(
+        layer,
+        torch.tensor(source),
+        torch.tensor(coefficients, dtype=torch.float64),
+        torch.stack(in_offset).to(like),
+        torch.stack(out_offset).to(like),
+    )
+
+
+def _check_move(move: Split | Sprout, layer: HiddenLayer, d: int, c: int, split: set[int]) -> None:
+    if isinstance(move, Sprout):
+        found, required = (tuple(move.incoming.shape), tuple(move.outgoing.shape)), ((d,), (c,))
+        if any("conv" in operation for operation in layer.operations):
+            raise UnsupportedLayerError(f"plan: a sprout in {layer.name} has no kernel for its depthwise convolution")
+    else:
+        k = len(move.coefficients)
+        found, required = (tuple(move.in_offset.shape), tuple(move.out_offset.shape)), ((k, d), (k, c))
+        if not 0 <= move.neuron < layer.width or move.neuron in split:
+            raise SplitWatchError(
+                f"plan: required each neuron of {layer.name} (0 … {layer.width - 1}) at most once, found {move.neuron}"
+            )
+        if k < 2 or abs(sum(move.coefficients) - 1) > 1e-9:
+            raise SplitWatchError(f"plan: required two or more coefficients that sum to 1, found {move.coefficients}")
+    if found != required:
+        raise SplitWatchError(f"plan: required weights of shapes {required} in {layer.name}, found {found}")
+
+
+def _sizes(model: nn.Module, layer: HiddenLayer) -> tuple[int, int]:
+    """Incoming and outgoing weights of one neuron, after checking that the layer is as the plan found it."""
+    d = c = 0
+    for name in layer.producers:
+        module = submodule(model, name)
+        if module.weight.shape[0] != layer.width:
+            raise SplitWatchError(
+                f"plan: required {layer.width} neurons in {name}, found {module.weight.shape[0]}; "
+                "the model changed since the plan was made, plan again"
+            )
+        d += module.weight[0].numel() + (module.bias is not None)
+    for consumer in layer.consumers:
+        weight = submodule(model, consumer.name).weight
+        if weight.shape[1] < consumer.start + layer.width * consumer.stride:
+            raise SplitWatchError(
+                f"plan: required {layer.width * consumer.stride} columns from {consumer.start} on in {consumer.name}, "
+                f"found {weight.shape[1]}; the model changed since the plan was made, plan again"
+            )
+        c += consumer.stride * weight.shape[0] * weight.shape[2:].numel()
+    return d, c
+
+
+def submodule(model: nn.Module, name: str) -> Any:
+    """A module of the model by its dotted name."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise SplitWatchError(f"plan: required a module named {name!r} in the model, found none; plan again") from None

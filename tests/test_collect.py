@@ -1,0 +1,55 @@
+"""The probe collector: every sample once, whatever the epochs."""
+
+import torch
+
+from splitwatch.collect import ProbeCollector
+
+
+def epochs(data, size, n, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(n):
+        yield from data[torch.randperm(len(data), generator=generator)].split(size)
+
+
+def test_no_sample_is_collected_twice_over_several_epochs():
+    data = torch.randn(100, 5)
+    collector = ProbeCollector(4096)
+    for rows in epochs(data, 16, 3):
+        collector.add((rows, rows[:, 0]))
+    collected = torch.cat([batch[0] for batch in collector.batches])
+    assert len(collected) == 100
+    assert len(collected.unique(dim=0)) == 100
+    assert collector.ready
+
+
+def test_the_target_bounds_the_probe_and_later_batches_cost_nothing():
+    collector = ProbeCollector(64)
+    for rows in epochs(torch.randn(1000, 3), 16, 1):
+        collector.add(rows)
+    assert collector.samples == 64
+    assert collector.ready
+
+
+def test_a_probe_is_not_ready_while_new_samples_keep_coming():
+    collector = ProbeCollector(4096)
+    for rows in torch.randn(100, 3).split(10):
+        collector.add(rows)
+        assert not collector.ready
+
+
+def test_the_batches_are_copies():
+    batch = torch.randn(8, 3)
+    collector = ProbeCollector(100)
+    collector.add(batch)
+    before = collector.batches[0].clone()
+    batch.zero_()
+    assert torch.equal(collector.batches[0], before)
+
+
+def test_integer_samples_and_dictionaries_are_told_apart():
+    collector = ProbeCollector(100)
+    tokens = torch.randint(0, 256, (20, 33))
+    collector.add({"ids": tokens, "name": "text"})
+    collector.add({"ids": tokens.flip(0), "name": "text"})
+    assert collector.samples == 20
+    assert len(collector.batches) == 1

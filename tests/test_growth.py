@@ -1,0 +1,895 @@
+import copy
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+from zoo import ZOO, mse
+
+from splitwatch.geometry.curvature import coupling, inner_hessian, layer_curvature
+from splitwatch.geometry.measure import measure_geometry
+from splitwatch.growth import grow as growing
+from splitwatch.growth.checkpoint import load_grown, make_growable
+from splitwatch.growth.grow import grow, widened
+from splitwatch.growth.optimizer import Exchange
+from splitwatch.growth.plan import plan_growth
+from splitwatch.growth.policy import GrowthPolicy
+from splitwatch.growth.surgery import Surgery
+from splitwatch.layers import find_hidden_layers
+from splitwatch.probe import Probe
+from splitwatch.records import GrowthPlan, Split, SplitWatchError, Sprout
+
+torch.set_num_threads(1)
+
+COEFFICIENTS = [(0.5, 0.5), (2.0, -1.0), (1.0, 1.0, -1.0), (0.7, 0.2, 0.1), (1.0, 0.0)]
+BOUNDS = {torch.float32: 1e-6, torch.float64: 1e-12}
+
+
+def growable(model, probe, names=None):
+    return tuple(x for x in find_hidden_layers(model, probe) if x.growable and (names is None or x.name in names))
+
+
+def parted(coefficients, d, c, generator):
+    """Random directions in which copies part: Σ λ_j u_j = 0 and Σ δ_j = 0, of total length one."""
+    weights = torch.tensor(coefficients, dtype=torch.float64)
+    u = torch.randn(len(weights), d, dtype=torch.float64, generator=generator)
+    v = torch.randn(len(weights), c, dtype=torch.float64, generator=generator)
+    u = u - torch.outer(weights, weights @ u) / (weights @ weights)
+    v = v - v.mean(0)
+    length = (u.square().sum() + v.square().sum()).sqrt()
+    return u / length, v / length
+
+
+def random_plan(model, probe, layers, coefficients, *, share=1.0, seed=0):
+    """Splits of a share of the neurons of every layer along random directions."""
+    generator, moves = torch.Generator().manual_seed(seed), []
+    patterns = itertools.cycle(coefficients)
+    for layer in layers:
+        curvature = layer_curvature(model, layer, probe)
+        for r in range(max(1, round(share * layer.width))):
+            pattern = next(patterns)
+            u, v = parted(pattern, curvature.d, curvature.c, generator)
+            moves.append(Split(layer.name, r, pattern, u, v, 0.0))
+    return GrowthPlan(layers, tuple(moves), "by hand")
+
+
+def at(plan, size):
+    moves = (replace(x, in_offset=x.in_offset * size, out_offset=x.out_offset * size) for x in plan.moves)
+    return replace(plan, moves=tuple(moves))
+
+
+def outputs(model, probe):
+    mode = model.training
+    with torch.no_grad():
+        found = [model.eval()(batch[0]) for batch in probe.half("all")]
+    model.train(mode)
+    return found
+
+
+def relative(new, old):
+    return max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(new, old, strict=True))
+
+
+# --- at zero offset --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("name", ZOO)
+def test_the_function_is_the_same_at_zero_offset(name, dtype):
+    for pattern in ([c] for c in COEFFICIENTS):
+        model, probe = ZOO[name].make(dtype, samples=4)
+        before, loss = outputs(model, probe), probe.loss(model)
+        layers = growable(model, probe)
+        plan = random_plan(model, probe, layers, pattern, share=0.7)
+        widths = {x.name: x.width for x in layers}
+        with widened(model, plan, offsets=False):
+            assert relative(outputs(model, probe), before) <= BOUNDS[dtype]
+        event = grow(model, at(plan, 0.0), probe=probe)
+        assert event.grown
+        assert event.drift <= BOUNDS[dtype]
+        assert relative(outputs(model, probe), before) <= BOUNDS[dtype]
+        assert abs(event.realised_fitted) <= 10 * BOUNDS[dtype] * loss
+        for layer in layers:
+            added = sum(move.added for move in plan.moves if move.layer == layer.name)
+            assert event.widths[layer.name] == (widths[layer.name], widths[layer.name] + added)
+        found = {x.name: x.width for x in growable(model, probe)}  # and can be widened again
+        assert found == {name: after for name, (_, after) in event.widths.items()}
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_layers_may_be_widened_one_after_the_other_and_again(name):
+    model, probe = ZOO[name].make(samples=4)
+    before = outputs(model, probe)
+    for step in range(3):
+        for layer in [x.name for x in growable(model, probe)]:
+            plan = random_plan(model, probe, growable(model, probe, [layer]), COEFFICIENTS, share=0.5, seed=step)
+            assert grow(model, at(plan, 0.0), probe=probe).drift <= 1e-12
+    assert relative(outputs(model, probe), before) <= 1e-11
+
+
+def test_batch_norm_in_train_mode_is_the_same_too():
+    """Copies have the batch statistics of their source."""
+    for name in ("conv+bn", "residual blocks", "inverted bottleneck"):
+        model, probe = ZOO[name].make()
+        plan = random_plan(model, probe, growable(model, probe), COEFFICIENTS)
+        x = probe.fitted[0][0]
+        before = copy.deepcopy(model).train()(x)
+        grow(model, at(plan, 0.0), probe=probe)
+        assert relative([model.train()(x)], [before]) <= 1e-12
+
+
+# --- at finite offset ------------------------------------------------------------------------------------------------
+
+
+def predicted(model, probe, plan):
+    """Decrease at second order, -½ Σ_j [λ_j u_jᵀ S u_j + 2 δ_jᵀ G u_j], from the dense matrices."""
+    total = 0.0
+    for layer in plan.layers:
+        s, g = inner_hessian(model, layer, probe), coupling(model, layer, probe)
+        for move in (x for x in plan.moves if x.layer == layer.name):
+            weights = torch.tensor(move.coefficients, dtype=torch.float64)
+            curved = torch.einsum("j,ja,ab,jb->", weights, move.in_offset, s[move.neuron], move.in_offset)
+            mixed = torch.einsum("jc,ca,ja->", move.out_offset, g[move.neuron], move.in_offset)
+            total -= 0.5 * float(curved + 2 * mixed)
+    return total
+
+
+def realised(model, probe, plan):
+    before = probe.loss(model)
+    with widened(model, plan):
+        return before - probe.loss(model)
+
+
+KINKED = {"conv+bn", "flatten", "conv1d"}  # max-pooling, PReLU: smooth only as long as no element changes sides
+
+
+@pytest.mark.parametrize("coefficients", COEFFICIENTS)
+@pytest.mark.parametrize("name", ZOO)
+def test_the_second_order_prediction_is_right_to_third_order(name, coefficients):
+    model, probe = ZOO[name].make(samples=4)
+    sizes = [8e-4, 4e-4, 2e-4] if name in KINKED else [0.08, 0.04, 0.02]
+    everything = growable(model, probe)
+    groups = [(layer,) for layer in everything] + ([everything] if len(everything) > 1 else [])
+    for layers in groups:
+        plan = random_plan(model, probe, layers, [coefficients], share=0.5, seed=1)
+        second = predicted(model, probe, plan)
+        gains = [realised(model, probe, at(plan, size)) for size in sizes]
+        errors = [abs(gain - second * size**2) for gain, size in zip(gains, sizes, strict=True)]
+        rounding = 1e-15 * probe.loss(model)
+        for coarse, fine in itertools.pairwise(errors):
+            assert fine <= coarse / 2**2.7 + 4 * rounding
+        assert errors[-1] < abs(second) * sizes[-1] ** 2
+
+
+def test_adjacent_layers_add_up():
+    model, probe = ZOO["mlp"].make()
+    layers = growable(model, probe)
+    plan = random_plan(model, probe, layers, [(0.5, 0.5), (2.0, -1.0)])
+    parts = [replace(plan, moves=tuple(x for x in plan.moves if x.layer == layer.name)) for layer in layers]
+    assert all(part.moves for part in parts)
+    size = 1e-3
+    together = realised(model, probe, at(plan, size))
+    apart = sum(realised(model, probe, at(part, size)) for part in parts)
+    assert abs(together - apart) <= 0.02 * max(abs(together), abs(apart))
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_the_event_says_what_the_plan_measured(name):
+    """A plan's decreases are those of the model that it makes, and they lie near the second-order one if it is small."""
+    model, probe = ZOO[name].make(samples=12)
+    plan = plan_growth(model, measure_geometry(model, probe), probe, GrowthPolicy(max_neurons=2))
+    if not plan:
+        assert "would not help" in plan.reason
+        return
+    before = probe.loss(model, "fitted"), probe.loss(model, "held_out")
+    event = grow(model, plan, probe=probe)
+    after = probe.loss(model, "fitted"), probe.loss(model, "held_out")
+    assert event.realised_fitted == pytest.approx(before[0] - after[0], rel=1e-12)
+    assert event.realised_held_out == pytest.approx(before[1] - after[1], rel=1e-12)
+    assert event.realised_fitted == pytest.approx(plan.fitted_decrease, rel=1e-9)
+    assert event.realised_held_out == pytest.approx(plan.held_out_decrease, rel=1e-9)
+    assert event.realised_fitted > 0
+    small = min(plan.line_search, key=lambda item: abs(item[0]))
+    assert small[1] == pytest.approx(plan.predicted_decrease * (small[0] / plan.offset) ** 2, rel=0.1)
+
+
+# --- atomicity -------------------------------------------------------------------------------------------------------
+
+
+def mlp(widths=(3, 4, 5, 2), dtype=torch.float64, seed=0):
+    torch.manual_seed(seed)
+    layers = [nn.Linear(a, b) for a, b in itertools.pairwise(widths)]
+    parts = [part for layer in layers for part in (layer, nn.Tanh())]
+    return nn.Sequential(*parts[:-1]).to(dtype)
+
+
+def data(*sizes, d=3, c=2, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [tuple(torch.randn(n, k, generator=generator, dtype=dtype) for k in (d, c)) for n in sizes]
+
+
+def train(model, optimizer, batches, scheduler=None):
+    losses = []
+    for batch in batches:
+        optimizer.zero_grad()
+        loss = mse(model, batch)
+        loss.backward()
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def trained(seed=0):
+    """A model with gradients, two optimizers with state, a probe and a plan for both of its layers."""
+    model, batches = mlp(seed=seed), data(6, 6)
+    optimizers = [
+        torch.optim.AdamW([*model[0].parameters(), *model[2].parameters()], lr=1e-2),
+        torch.optim.SGD(model[4].parameters(), lr=1e-2, momentum=0.9),
+    ]
+    for optimizer in optimizers:
+        train(model, optimizer, batches)
+    probe = Probe(batches, mse)
+    plan = at(random_plan(model, probe, growable(model, probe), COEFFICIENTS), 0.1)
+    return model, optimizers, probe, plan
+
+
+def picture(model, optimizers):
+    """Every object by identity, with a copy of what it holds."""
+    parameters = [(name, p, p.detach().clone(), p.grad, p.grad.clone()) for name, p in model.named_parameters()]
+    groups = [[(group, list(group["params"])) for group in o.param_groups] for o in optimizers]
+    states = [
+        [
+            (p, state, {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state.items()})
+            for p, state in o.state.items()
+        ]
+        for o in optimizers
+    ]
+    return parameters, groups, states, str(model), model.training
+
+
+def assert_untouched(before, model, optimizers):
+    parameters, groups, states, text, training = before
+    now = list(model.named_parameters())
+    assert [name for name, *_ in parameters] == [name for name, _ in now]
+    for (_, old, value, grad, grad_value), (_, new) in zip(parameters, now, strict=True):
+        assert old is new
+        assert old.grad is grad
+        assert torch.equal(old, value)
+        assert torch.equal(grad, grad_value)
+    assert (str(model), model.training) == (text, training)
+    for optimizer, old_groups, old_states in zip(optimizers, groups, states, strict=True):
+        for group, (old_group, members) in zip(optimizer.param_groups, old_groups, strict=True):
+            assert group is old_group
+            assert all(a is b for a, b in zip(group["params"], members, strict=True))
+        assert len(optimizer.state) == len(old_states)
+        for parameter, state, copied in old_states:
+            assert optimizer.state[parameter] is state
+            assert state.keys() == copied.keys()
+            assert all(
+                torch.equal(state[k], v) if isinstance(v, torch.Tensor) else state[k] == v for k, v in copied.items()
+            )
+
+
+class Injected(Exception):
+    """A failure that nothing else raises."""
+
+
+def fail_in_the_exchange(monkeypatch, model, optimizers, probe):
+    commit = Exchange.commit
+
+    def failing(self):
+        if self.optimizer is optimizers[-1]:
+            group, position, _, new = self.parameters[0]
+            group["params"][position] = new
+            raise Injected
+        commit(self)
+
+    monkeypatch.setattr(Exchange, "commit", failing)
+    return probe
+
+
+def fail_after_the_exchange(monkeypatch, model, optimizers, probe):
+    commit = Exchange.commit
+
+    def failing(self):
+        commit(self)
+        raise Injected
+
+    monkeypatch.setattr(Exchange, "commit", failing)
+    return probe
+
+
+def fail_in_the_loss_after_growth(monkeypatch, model, optimizers, probe):
+    def loss(model, batch):
+        if optimizers[0].param_groups[0]["params"][0].shape[0] > 4:
+            raise Injected
+        return mse(model, batch)
+
+    return Probe(probe.half("all"), loss)
+
+
+def fail_when_remembering(monkeypatch, model, optimizers, probe):
+    def failing(model, plan):
+        raise Injected
+
+    monkeypatch.setattr(growing, "remember", failing)
+    return probe
+
+
+FAILURES = [
+    fail_in_the_exchange,
+    fail_after_the_exchange,
+    fail_in_the_loss_after_growth,
+    fail_when_remembering,
+]
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_any_failure_leaves_model_and_optimizers_as_they_were(failure, monkeypatch):
+    model, optimizers, probe, plan = trained()
+    before = picture(model, optimizers)
+    probe = failure(monkeypatch, model, optimizers, probe)
+    with pytest.raises(Injected):
+        grow(model, plan, optimizers, probe=probe)
+    assert_untouched(before, model, optimizers)
+    monkeypatch.undo()
+    train(model, optimizers[0], probe.half("all")[:0] or data(6, 6))  # and it trains on
+    assert grow(model, plan, optimizers, probe=Probe(data(6, 6), mse)).grown
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 4, 6])
+def test_a_failure_between_two_assignments_is_undone(steps, monkeypatch):
+    model, optimizers, probe, plan = trained()
+    before = picture(model, optimizers)
+    done, failed = [], []
+
+    def assign(module, name, value):
+        if name in ("weight", "bias", "in_features", "out_features") and not failed:
+            if len(done) == steps:
+                failed.append(1)
+                raise Injected
+            done.append(name)
+        nn.Module.__setattr__(module, name, value)
+
+    monkeypatch.setattr(nn.Linear, "__setattr__", assign)
+    with pytest.raises(Injected):
+        grow(model, plan, optimizers)
+    assert failed
+    assert_untouched(before, model, optimizers)
+
+
+def test_a_failing_commit_of_the_surgery_is_undone(monkeypatch):
+    model, optimizers, probe, plan = trained()
+    before = picture(model, optimizers)
+    commit, calls = Surgery.commit, []
+
+    def failing(self):
+        calls.append(1)
+        if len(calls) == 3:  # after the two of the check at zero offset
+            raise Injected
+        return commit(self)
+
+    monkeypatch.setattr(Surgery, "commit", failing)
+    with pytest.raises(Injected):
+        grow(model, plan, optimizers, probe=probe)
+    assert_untouched(before, model, optimizers)
+
+
+class HardCoded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)).view(-1, 4))
+
+
+def test_a_width_written_into_the_code_is_a_clear_error():
+    torch.manual_seed(0)
+    model, batches = HardCoded().double(), data(4, 4)
+    optimizer = torch.optim.Adam(model.parameters())
+    train(model, optimizer, batches)
+    probe = Probe(batches, mse)
+    plan = GrowthPlan(
+        growable(model, probe), (Split("first", 0, (0.5, 0.5), torch.zeros(2, 4), torch.zeros(2, 2), 0.0),), ""
+    )
+    before = picture(model, [optimizer])
+    with pytest.raises(
+        SplitWatchError, match=r"model: required a forward pass that follows .*'first'.*view\(-1, 128\)"
+    ):
+        grow(model, plan, optimizer, probe=probe)
+    assert_untouched(before, model, [optimizer])
+
+
+def test_a_function_that_changes_at_zero_offset_is_refused():
+    """A width read by the forward pass rescales the output: shapes fit, the function does not."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            h = torch.tanh(self.first(x))
+            return self.second(h / h.shape[1] ** 0.5)
+
+    torch.manual_seed(0)
+    model, batches = Scaled().double(), data(4, 4)
+    optimizer = torch.optim.Adam(model.parameters())
+    train(model, optimizer, batches)
+    probe = Probe(batches, mse)
+    plan = GrowthPlan(
+        growable(model, probe), (Split("first", 0, (0.5, 0.5), torch.zeros(2, 4), torch.zeros(2, 2), 0.0),), ""
+    )
+    before = picture(model, [optimizer])
+    with pytest.raises(SplitWatchError, match=r"plan: required outputs that change by at most 1e-12"):
+        grow(model, plan, optimizer, probe=probe)
+    assert_untouched(before, model, [optimizer])
+
+
+# --- optimizers ------------------------------------------------------------------------------------------------------
+
+
+OPTIMIZERS = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.05),
+    "SGD+momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-3),
+    "SGD+nesterov": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True, weight_decay=0.05),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.005, momentum=0.5, centered=True),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.05),
+    "Adadelta": lambda p: torch.optim.Adadelta(p),
+    "NAdam": lambda p: torch.optim.NAdam(p, lr=0.01),
+    "RAdam": lambda p: torch.optim.RAdam(p, lr=0.01),
+    "Adamax": lambda p: torch.optim.Adamax(p, lr=0.01),
+    "Rprop": lambda p: torch.optim.Rprop(p, lr=0.01),
+    "ASGD": lambda p: torch.optim.ASGD(p, lr=0.05),
+}
+
+
+def conv_bn():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.SiLU(), nn.Conv1d(4, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(9, 2)
+    )  # fmt: skip
+
+
+def sprouts(model, probe):
+    """One dead neuron in every layer."""
+    moves, layers = [], growable(model, probe)
+    for layer in layers:
+        curvature = layer_curvature(model, layer, probe)
+        moves.append(Sprout(layer.name, torch.zeros(curvature.d), torch.zeros(curvature.c)))
+    return GrowthPlan(layers, tuple(moves), "dead neurons")
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("kind", ["mlp", "conv+bn"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_dead_neurons_leave_the_loss_trajectory_as_it_was(name, kind, dtype):
+    runs = []
+    shape = (3,) if kind == "mlp" else (2, 6)
+    generator = torch.Generator().manual_seed(5)
+    batches = [
+        (torch.randn(8, *shape, generator=generator).to(dtype), torch.randn(8, 2, generator=generator).to(dtype))
+        for _ in range(30)
+    ]
+    for widen in (False, True):
+        model = mlp(dtype=dtype) if kind == "mlp" else conv_bn().to(dtype)
+        optimizer = OPTIMIZERS[name](model.parameters())
+        scheduler = None
+        if "momentum" in optimizer.defaults or "betas" in optimizer.defaults:
+            cycled = name not in ("SGD", "RMSprop")
+            scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, total_steps=40, cycle_momentum=cycled)
+        losses = train(model, optimizer, batches[:10], scheduler)
+        if widen:
+            probe = Probe(batches[:2], mse)
+            event = grow(model, sprouts(model, probe), optimizer, probe=probe)
+            assert event.grown
+            assert event.restarted == ()
+            assert event.parameters[1] > event.parameters[0]
+        losses += train(model, optimizer, batches[10:], scheduler)
+        runs.append(losses)
+    bound = 1e-10 if dtype == torch.float64 else 1e-6
+    straight, widened_ = (torch.tensor(run, dtype=torch.float64) for run in runs)
+    assert float(((straight - widened_).abs() / straight).max()) <= bound
+    assert straight[-1] != straight[0]
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "LBFGS"])
+@pytest.mark.parametrize("grown", [None, "0", "2"])
+def test_optimizers_own_exactly_the_live_parameters_and_train_on(name, grown):
+    model, batches = mlp(), data(6, 6)
+    make = OPTIMIZERS.get(name, lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3))
+    optimizer = make(model.parameters())
+
+    def closure():
+        optimizer.zero_grad()
+        loss = mse(model, batches[0])
+        loss.backward()
+        return loss.detach() if name == "LBFGS" else loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+    probe = Probe(batches, mse)
+    layers = growable(model, probe, None if grown is None else [grown])
+    grow(model, at(random_plan(model, probe, layers, COEFFICIENTS), 0.01), optimizer, probe=probe)
+    live = [id(p) for p in model.parameters()]
+    assert [id(p) for group in optimizer.param_groups for p in group["params"]] == live
+    assert {id(p) for p in optimizer.state} <= set(live)
+    for parameter, state in optimizer.state.items():
+        for value in state.values():
+            if name != "LBFGS" and isinstance(value, torch.Tensor) and value.ndim:
+                assert value.shape == parameter.shape
+                assert value.dtype == parameter.dtype
+    before = float(mse(model, batches[0]).detach())
+    for _ in range(30):
+        optimizer.step(closure)
+    assert float(mse(model, batches[0]).detach()) < before
+    fresh = make(model.parameters())
+    fresh.load_state_dict(optimizer.state_dict())
+
+
+def test_parameter_groups_flags_and_attributes_are_kept():
+    model, batches = mlp(), data(6, 6)
+    model[0].weight.mark = "kept"
+    model[0].bias.requires_grad_(True)
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "lr": 0.1, "name": "weights"},
+        {"params": [p for p in model.parameters() if p.ndim == 1], "lr": 0.2},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    probe = Probe(batches, mse)
+    inner = [group["params"] for group in optimizer.param_groups]
+    grow(model, random_plan(model, probe, growable(model, probe), COEFFICIENTS), optimizer, probe=probe)
+    assert model[0].weight.mark == "kept"
+    assert all(a is group["params"] for a, group in zip(inner, optimizer.param_groups, strict=True))
+    expected = [[p for p in model.parameters() if (p.ndim > 1) == matrices] for matrices in (True, False)]
+    for group, members in zip(optimizer.param_groups, expected, strict=True):
+        assert all(a is b for a, b in zip(group["params"], members, strict=True))
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.2]
+
+
+SOURCES = [[0, 1, 2, 3, 0, 2, 2], [0, 1, 2, 3, 4, 4]]
+LAMBDAS = [[2.0, 1.0, 1.0, 1.0, -1.0, 1.0, -1.0], [1.0, 1.0, 1.0, 1.0, 0.25, 0.75]]
+SPLITS = {"0": {0: (2.0, -1.0), 2: (1.0, 1.0, -1.0)}, "2": {4: (0.25, 0.75)}}
+
+
+def duplicated(narrow):
+    """The narrow network with copied neurons, written out by hand."""
+    sources = [torch.tensor(source) for source in SOURCES]
+    weights = [torch.tensor(values, dtype=torch.float64) for values in LAMBDAS]
+    wide = mlp((3, 7, 6, 2))
+    with torch.no_grad():
+        wide[0].weight.copy_(narrow[0].weight[sources[0]])
+        wide[0].bias.copy_(narrow[0].bias[sources[0]])
+        wide[2].weight.copy_(narrow[2].weight[sources[1]][:, sources[0]] * weights[0])
+        wide[2].bias.copy_(narrow[2].bias[sources[1]])
+        wide[4].weight.copy_(narrow[4].weight[:, sources[1]] * weights[1])
+        wide[4].bias.copy_(narrow[4].bias)
+    return wide
+
+
+STILL = {
+    "SGD+momentum": lambda p: torch.optim.SGD(p, lr=0.0, momentum=0.9),
+    "SGD+nesterov": lambda p: torch.optim.SGD(p, lr=0.0, momentum=0.9, nesterov=True),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.0),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.0, amsgrad=True),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.0, centered=True, eps=0.0),
+    "RMSprop+momentum": lambda p: torch.optim.RMSprop(p, lr=0.0, momentum=0.5, eps=0.0),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.0),
+    "NAdam": lambda p: torch.optim.NAdam(p, lr=0.0),
+    "RAdam": lambda p: torch.optim.RAdam(p, lr=0.0),
+    "Adamax": lambda p: torch.optim.Adamax(p, lr=0.0, eps=0.0),
+    "Adadelta": lambda p: torch.optim.Adadelta(p, lr=0.0, eps=1e-30),
+}
+UNSCALED = pytest.mark.xfail(reason="momentum of normalised gradients is scaled by the coefficient", strict=True)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=UNSCALED) if n == "RMSprop+momentum" else n for n in STILL])
+def test_state_is_that_of_a_network_that_had_the_copies_from_the_start(name):
+    """With a step size of zero both networks see the same gradients, so their states obey the identities exactly."""
+    narrow, batches = mlp(), data(6, 5, 7, 6)
+    wide = duplicated(narrow)
+    for model in (narrow, wide):
+        model.optimizer = STILL[name](list(model.parameters()))
+        train(model, model.optimizer, batches)
+    probe = Probe(batches, mse)
+    moves = tuple(
+        Split(layer.name, r, pattern, torch.zeros(len(pattern), d), torch.zeros(len(pattern), c), 0.0)
+        for layer, d, c in zip(growable(narrow, probe), (4, 5), (5, 2), strict=True)
+        for r, pattern in SPLITS[layer.name].items()
+    )
+    grow(narrow, GrowthPlan(growable(narrow, probe), moves, ""), narrow.optimizer, probe=probe)
+    for (key, grown), (_, expected) in zip(narrow.named_parameters(), wide.named_parameters(), strict=True):
+        torch.testing.assert_close(grown, expected, rtol=1e-12, atol=1e-14, msg=key)
+        torch.testing.assert_close(grown.grad, expected.grad, rtol=1e-10, atol=1e-14, msg=f"gradient of {key}")
+        found, wanted = narrow.optimizer.state[grown], wide.optimizer.state[expected]
+        assert found.keys() == wanted.keys()
+        for entry, value in wanted.items():
+            if isinstance(value, torch.Tensor):
+                torch.testing.assert_close(found[entry], value, rtol=1e-9, atol=1e-14, msg=f"{entry} of {key}")
+
+
+def test_gradients_are_carried_so_that_accumulation_goes_on():
+    narrow, batches = mlp(), data(6, 5)
+    wide = duplicated(narrow)
+    for model in (narrow, wide):
+        mse(model, batches[0]).backward()
+    probe = Probe(batches, mse)
+    moves = tuple(
+        Split(layer.name, r, pattern, torch.zeros(len(pattern), d), torch.zeros(len(pattern), c), 0.0)
+        for layer, d, c in zip(growable(narrow, probe), (4, 5), (5, 2), strict=True)
+        for r, pattern in SPLITS[layer.name].items()
+    )
+    grow(narrow, GrowthPlan(growable(narrow, probe), moves, ""), probe=probe)
+    for model in (narrow, wide):
+        mse(model, batches[1]).backward()
+    for grown, expected in zip(narrow.parameters(), wide.parameters(), strict=True):
+        torch.testing.assert_close(grown.grad, expected.grad, rtol=1e-10, atol=1e-13)
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def build(name):
+    """A fresh narrow model with other weights."""
+    return ZOO[name].make(seed=9)[0]
+
+
+def grown_twice(name):
+    model, probe = ZOO[name].make(samples=4)
+    for seed in range(2):
+        layers = growable(model, probe)
+        grow(model, at(random_plan(model, probe, layers, COEFFICIENTS, share=0.5, seed=seed), 0.1), probe=probe)
+    return model, probe
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_narrow_model_loads_a_wide_checkpoint(name, tmp_path):
+    model, probe = grown_twice(name)
+    torch.save(model.state_dict(), tmp_path / "wide.pt")
+    fresh = build(name)
+    make_growable(fresh)
+    assert not fresh.load_state_dict(torch.load(tmp_path / "wide.pt", weights_only=True)).missing_keys
+    assert str(fresh) == str(model)
+    for (key, a), (_, b) in zip(fresh.state_dict().items(), model.state_dict().items(), strict=True):
+        assert torch.equal(a, b), key
+    assert all(torch.equal(a, b) for a, b in zip(outputs(fresh, probe), outputs(model, probe), strict=True))
+    loaded = load_grown(lambda: build(name), tmp_path / "wide.pt")
+    assert all(torch.equal(a, b) for a, b in zip(outputs(loaded, probe), outputs(model, probe), strict=True))
+    # What was loaded can be saved, loaded and widened again.
+    torch.save(loaded.state_dict(), tmp_path / "again.pt")
+    again = load_grown(lambda: build(name), tmp_path / "again.pt")
+    assert all(torch.equal(a, b) for a, b in zip(outputs(again, probe), outputs(model, probe), strict=True))
+    assert {x.name: x.width for x in growable(again, probe)} == {x.name: x.width for x in growable(model, probe)}
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_wide_model_loads_the_narrow_checkpoint_it_came_from(name, tmp_path):
+    narrow, probe = ZOO[name].make(samples=4)
+    torch.save(narrow.state_dict(), tmp_path / "narrow.pt")
+    model, _ = grown_twice(name)
+    model.load_state_dict(torch.load(tmp_path / "narrow.pt", weights_only=True))
+    assert str(model) == str(narrow)
+    assert all(torch.equal(a, b) for a, b in zip(outputs(model, probe), outputs(narrow, probe), strict=True))
+
+
+@pytest.mark.parametrize("name", ["mlp", "concatenation", "conv+bn"])
+def test_a_mismatch_that_growth_does_not_explain_is_torchs_error(name, tmp_path):
+    model, _ = grown_twice(name)
+    state = model.state_dict()
+    key = [key for key in state if key.endswith("weight")][-1]
+    broken = copy.copy(state)
+    broken[key] = torch.zeros(state[key].shape[0] + 1, *state[key].shape[1:])
+    fresh = build(name)
+    make_growable(fresh)
+    with pytest.raises(RuntimeError, match=rf"size mismatch for {key}"):
+        fresh.load_state_dict(broken)
+    extra = copy.copy(state)
+    extra["surplus"] = torch.zeros(1)
+    with pytest.raises(RuntimeError, match=r"Unexpected key\(s\) in state_dict: \"surplus\""):
+        build_growable(name).load_state_dict(extra)
+    missing = copy.copy(state)
+    del missing[key]
+    with pytest.raises(RuntimeError, match=rf"Missing key\(s\) in state_dict: .*{key}"):
+        build_growable(name).load_state_dict(missing)
+
+
+def build_growable(name):
+    model = build(name)
+    make_growable(model)
+    return model
+
+
+def test_without_permission_a_narrow_model_refuses_a_wide_checkpoint():
+    model, _ = grown_twice("mlp")
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        build("mlp").load_state_dict(model.state_dict())
+
+
+def test_an_ungrown_model_of_another_width_is_torchs_error():
+    fresh = mlp((3, 4, 5, 2))
+    make_growable(fresh)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        fresh.load_state_dict(mlp((3, 6, 5, 2)).state_dict())
+
+
+def test_load_grown_needs_a_state_dict(tmp_path):
+    torch.save({"state_dict": 3}, tmp_path / "no.pt")
+    with pytest.raises(SplitWatchError, match="path: required a Lightning checkpoint or a state dict"):
+        load_grown(mlp, tmp_path / "no.pt")
+
+
+def test_a_grown_model_inside_another_module(tmp_path):
+    model, probe = grown_twice("mlp")
+    torch.save(nn.ModuleDict({"net": model}).state_dict(), tmp_path / "wrapped.pt")
+    fresh = build_growable("mlp")
+    nn.ModuleDict({"net": fresh}).load_state_dict(torch.load(tmp_path / "wrapped.pt", weights_only=True))
+    assert all(torch.equal(a, b) for a, b in zip(outputs(fresh, probe), outputs(model, probe), strict=True))
+
+
+def test_a_grown_model_can_be_copied_and_pickled(tmp_path):
+    model, probe = grown_twice("conv+bn")
+    torch.save(model, tmp_path / "whole.pt")
+    for twin in (copy.deepcopy(model), torch.load(tmp_path / "whole.pt", weights_only=False)):
+        assert all(torch.equal(a, b) for a, b in zip(outputs(twin, probe), outputs(model, probe), strict=True))
+        layers = growable(twin, probe)
+        grow(twin, at(random_plan(twin, probe, layers, COEFFICIENTS, share=0.3), 0.1), probe=probe)
+        fresh = build_growable("conv+bn")
+        fresh.load_state_dict(twin.state_dict())
+        assert all(torch.equal(a, b) for a, b in zip(outputs(fresh, probe), outputs(twin, probe), strict=True))
+    fresh = build_growable("conv+bn")
+    fresh.load_state_dict(model.state_dict())  # the original's history is its own
+
+
+# --- the escape is real ----------------------------------------------------------------------------------------------
+
+
+def scalar_net(d, m, activation, seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(d, m), activation(), nn.Linear(m, 1)).double()
+
+
+def dense_hessian(model, batch):
+    """Loss Hessian in all parameters, brute force, and the gradient."""
+    names = [name for name, _ in model.named_parameters()]
+    shapes = [p.shape for p in model.parameters()]
+    flat = nn.utils.parameters_to_vector(model.parameters()).detach()
+
+    def loss(flat):
+        parts = flat.split([shape.numel() for shape in shapes])
+        values = {name: part.view(shape) for name, part, shape in zip(names, parts, shapes, strict=True)}
+        return F.mse_loss(functional_call(model, values, (batch[0],)), batch[1])
+
+    point = flat.clone().requires_grad_()
+    gradient = torch.autograd.grad(loss(point), point)[0]
+    return torch.autograd.functional.hessian(loss, flat), gradient, flat
+
+
+def minimise(model, batch):
+    """L-BFGS, then Newton; the smallest Hessian eigenvalue, or None where that leads to no strict minimum."""
+    optimizer = torch.optim.LBFGS(
+        model.parameters(),
+        lr=1.0,
+        max_iter=400,
+        tolerance_grad=1e-9,
+        tolerance_change=0.0,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        loss = mse(model, batch)
+        loss.backward()
+        return loss.detach()
+
+    optimizer.step(closure)
+    for _ in range(8):
+        hessian, gradient, flat = dense_hessian(model, batch)
+        smallest = float(torch.linalg.eigvalsh(hessian)[0])
+        if not smallest > 1e-5 or flat.abs().max() > 20:
+            return None
+        if float(gradient.norm()) <= 1e-13:
+            break
+        nn.utils.vector_to_parameters(flat - torch.linalg.solve(hessian, gradient), model.parameters())
+    return smallest if float(dense_hessian(model, batch)[1].norm()) <= 1e-10 else None
+
+
+def inner_spectra(model, batch):
+    """Eigenvalues of the inner Hessians from the closed form with autograd's σ'', (m, d)."""
+    x = torch.cat([batch[0], torch.ones_like(batch[0][:, :1])], 1)
+    with torch.no_grad():
+        e = 2 * (model(batch[0]) - batch[1])
+        signal = e @ model[2].weight
+    a = model[0](batch[0]).detach().requires_grad_()
+    slope = torch.autograd.grad(model[1](a).sum(), a, create_graph=True)[0]
+    bend = torch.autograd.grad(slope.sum(), a)[0]
+    return torch.linalg.eigvalsh(torch.einsum("nr,ni,nj->rij", signal * bend, x, x) / len(x))
+
+
+def positive_minimum(activation, m):
+    """A strict minimum of a scalar network all of whose inner Hessians are positive definite."""
+    for seed in range(400):
+        torch.manual_seed(1000 + seed)
+        x = torch.randn(12, 2, dtype=torch.float64)
+        batch = x, torch.randn(12, 1, dtype=torch.float64)
+        model = scalar_net(2, m, activation, seed)
+        if minimise(model, batch) is None:
+            continue
+        spectra = inner_spectra(model, batch)
+        if bool((spectra[:, 0] > 1e-3).all()):
+            print(f"strict minimum with positive definite inner Hessians: seed {seed}, spectra {spectra.tolist()}")
+            return model, batch
+    raise AssertionError("no such minimum among these seeds")
+
+
+def descend(model, batch, steps, lr):
+    """Plain gradient descent; the lowest loss met."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    return min(train(model, optimizer, [batch] * steps))
+
+
+def split_all(model, probe, coefficients):
+    wide = copy.deepcopy(model)
+    layers = growable(wide, probe)
+    zeros = torch.zeros(len(coefficients), 3), torch.zeros(len(coefficients), 1)
+    moves = tuple(Split("0", r, coefficients, *zeros, 0.0) for r in range(layers[0].width))
+    grow(wide, GrowthPlan(layers, moves, "by hand"), probe=probe)
+    return wide
+
+
+@pytest.mark.parametrize(("activation", "m"), [(nn.Tanh, 1), (nn.Softplus, 1), (nn.Tanh, 2)])
+def test_the_escape_is_real(activation, m):
+    model, batch = positive_minimum(activation, m)
+    hessian, gradient, _ = dense_hessian(model, batch)
+    assert float(gradient.norm()) <= 1e-10
+    assert float(torch.linalg.eigvalsh(hessian)[0]) > 1e-5
+    probe = Probe([batch, batch], mse)  # the same data in both halves: the minimum is one for each of them
+    lowest = probe.loss(model)
+
+    # Duplication in equal shares: still a minimum.
+    equal = split_all(model, probe, (0.5, 0.5))
+    hessian, gradient, _ = dense_hessian(equal, batch)
+    values = torch.linalg.eigvalsh(hessian)
+    assert float(gradient.norm()) <= 1e-10
+    assert float(values[0]) >= -1e-10 * float(values[-1])
+    step = 0.5 / float(values[-1])
+    for seed in range(3):
+        torch.manual_seed(seed)
+        nudged = copy.deepcopy(equal)
+        with torch.no_grad():
+            for parameter in nudged.parameters():
+                parameter += 1e-3 * torch.randn_like(parameter)
+        assert descend(nudged, batch, 1000, step) >= lowest - 1e-13
+
+    # The coefficients that are chosen: a strict saddle, and a way down.
+    geometry = measure_geometry(model, probe)
+    assert bool((geometry["0"].min_eigenvalue > 0).all())
+    for policy in (GrowthPolicy(max_ratio=None), GrowthPolicy(max_ratio=None, coefficients="signed")):
+        plan = plan_growth(model, geometry, probe, policy)
+        assert plan, plan.reason
+        assert all(min(move.coefficients) < 0 for move in plan.moves)
+        signed = split_all(model, probe, plan.moves[0].coefficients)
+        hessian, gradient, _ = dense_hessian(signed, batch)
+        values = torch.linalg.eigvalsh(hessian)
+        assert float(gradient.norm()) <= 1e-9
+        assert float(values[0]) < -1e-4 * float(values[-1])
+        wide = copy.deepcopy(model)
+        event = grow(wide, plan, probe=probe)
+        assert event.drift <= 1e-12
+        assert event.realised_fitted > 0
+        assert descend(wide, batch, 500, 0.3 / float(values[-1])) < lowest - max(1e-6 * lowest, event.realised_fitted)
+
+
+def test_equal_coefficients_alone_find_no_way_down_there():
+    model, batch = positive_minimum(nn.Tanh, 1)
+    probe = Probe([batch, batch], mse)
+    plan = plan_growth(model, measure_geometry(model, probe), probe, GrowthPolicy(coefficients="equal"))
+    assert not plan
+    assert "growth would not help here" in plan.reason

@@ -1,0 +1,187 @@
+"""The Lightning front door: same numbers as the plain loop, nothing else changed, everything logged."""
+
+import warnings
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+import torchmetrics
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from splitwatch import Grower, GrowthPolicy, SplitWatch, SplitWatchError, load_grown
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers:UserWarning",
+    "ignore:.*LeafSpec.*:FutureWarning",
+    "ignore:.*treespec.*",
+    "ignore:.*logging interval.*:UserWarning",
+    "ignore:.*litlogger.*",
+    "ignore:.*tensorboardX.*",
+    "ignore:Checkpoint directory.*:UserWarning",
+    "ignore:The number of training batches.*:UserWarning",
+)
+
+POLICY = GrowthPolicy(window=100, max_events=1)
+STEPS = 900
+
+
+def make_data():
+    generator = torch.Generator().manual_seed(5)
+    x = torch.rand(512, 2, generator=generator) * 2 - 1
+    return x, torch.sin(3 * x[:, :1]) * torch.cos(2 * x[:, 1:])
+
+
+class Wave(pl.LightningModule):
+    def __init__(self, width=2):
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = nn.Sequential(nn.Linear(2, width), nn.Tanh(), nn.Linear(width, 1))
+        self.error = torchmetrics.MeanSquaredError()
+
+    def training_step(self, batch, batch_idx):
+        out = self.net(batch[0])
+        self.error(out, batch[1])
+        loss = F.mse_loss(out, batch[1])
+        self.log("train_loss", loss)
+        self.log("error", self.error, on_step=False, on_epoch=True)
+        return {"loss": loss}
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.Adam(self.parameters(), lr=1e-2)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 10_000)]
+
+
+def fit(callbacks, logger=False, module=None, steps=STEPS, **settings):
+    torch.manual_seed(0)
+    module = module or Wave()
+    with warnings.catch_warnings():
+        trainer = pl.Trainer(
+            max_steps=steps, max_epochs=-1, accelerator="cpu", callbacks=callbacks, logger=logger,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=10,
+            **settings,
+        )  # fmt: skip
+        trainer.fit(module, DataLoader(TensorDataset(*make_data()), batch_size=64))
+    return module, trainer
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory):
+    logdir = tmp_path_factory.mktemp("runs")
+    watch = SplitWatch(POLICY)
+    loggers = [TensorBoardLogger(logdir, name="", version="run"), CSVLogger(logdir, name="csv")]
+    module, trainer = fit([watch], loggers)
+    return module, trainer, watch, logdir
+
+
+def test_one_added_line_widens_an_unchanged_module(grown):
+    module, trainer, watch, _ = grown
+    (event,) = [event for event in watch.events if event.grown]
+    assert module.net[0].out_features == module.net[2].in_features == event.widths["net.0"][1] > 2
+    owned = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    assert owned == {id(p) for p in module.parameters()}
+
+
+def test_the_plain_loop_gives_the_same_numbers_to_the_bit(grown):
+    module, _, watch, _ = grown
+    torch.manual_seed(0)
+    plain = Wave()
+    optimizer = torch.optim.Adam(plain.parameters(), lr=1e-2)
+    loss_fn = lambda model, batch: F.mse_loss(model.net(batch[0]), batch[1])  # noqa: E731
+    grower = Grower(plain, optimizer, loss_fn, POLICY, progress=False)
+    loader, step = DataLoader(TensorDataset(*make_data()), batch_size=64), 0
+    while step < STEPS:
+        for batch in loader:
+            loss = loss_fn(plain, batch)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            step += 1
+            if step == STEPS:  # Lightning would act before the next step, and there is none
+                break
+            grower.step(batch, loss)
+    (mine,), (theirs,) = ([event for event in events if event.grown] for events in (watch.events, grower.events))
+    assert mine.step == theirs.step
+    assert mine.realised_held_out == theirs.realised_held_out
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), plain.parameters(), strict=True))
+
+
+def test_everything_is_in_tensorboard_on_lightnings_own_axis(grown):
+    _, _, watch, logdir = grown
+    board = EventAccumulator(str(logdir / "run"), size_guidance={"histograms": 0, "images": 0, "tensors": 0})
+    board.Reload()
+    tags = board.Tags()
+    (event,) = [event for event in watch.events if event.grown]
+    assert {"splitwatch/width/net.0", "splitwatch/growth/parameters", "train_loss"} <= set(tags["scalars"])
+    steps = [scalar.step for scalar in board.Scalars("splitwatch/width/net.0")]
+    assert event.step in steps
+    assert any("eigenvalue" in tag for tag in tags["histograms"])
+    assert tags["images"]
+
+
+def test_a_csv_logger_gets_the_scalars(grown):
+    *_, logdir = grown
+    header = next(logdir.glob("csv/*/metrics.csv")).read_text().splitlines()[0]
+    assert "splitwatch/growth/parameters" in header
+
+
+def test_monitor_only_never_grows_and_leaves_the_run_and_its_logs_bit_equal():
+    watch = SplitWatch(POLICY, monitor_only=True)
+    watched, trainer = fit([watch])
+    alone, control = fit([])
+    assert any(event.geometry for event in watch.events)
+    assert all(torch.equal(a, b) for a, b in zip(watched.parameters(), alone.parameters(), strict=True))
+    assert {k: v for k, v in trainer.callback_metrics.items() if "splitwatch" not in k} == control.callback_metrics
+    assert watched.training == alone.training
+
+
+def test_growth_waits_for_accumulated_gradients():
+    watch = SplitWatch(POLICY)
+    module, trainer = fit([watch], steps=500, accumulate_grad_batches=3)
+    assert trainer.global_step == 500
+    assert all(event.step <= 500 for event in watch.events)
+    assert watch.grower.steps == 500
+
+
+def test_manual_optimization_needs_a_loss_function_and_says_so():
+    class Manual(Wave):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+    with pytest.raises(SplitWatchError, match="loss_fn"):
+        fit([SplitWatch(POLICY)], module=Manual(), steps=1)
+
+
+def test_a_training_step_that_returns_no_loss_is_named():
+    class Silent(Wave):
+        def training_step(self, batch, batch_idx):
+            return None
+
+    with pytest.raises(SplitWatchError, match="training_step"):
+        fit([SplitWatch(POLICY)], module=Silent(), steps=5)
+
+
+def test_a_grown_checkpoint_loads_into_the_narrow_module(grown, tmp_path):
+    module, trainer, _, _ = grown
+    path = tmp_path / "grown.ckpt"
+    trainer.save_checkpoint(path)
+    loaded = load_grown(Wave, path)
+    x, _ = make_data()
+    assert torch.equal(loaded.net(x), module.net(x))
+    resumed, _ = fit_from(path)
+    assert resumed.net[0].out_features == module.net[0].out_features
+
+
+def fit_from(path):
+    torch.manual_seed(0)
+    module = Wave()
+    trainer = pl.Trainer(
+        max_steps=STEPS + 10, max_epochs=-1, accelerator="cpu", callbacks=[SplitWatch(POLICY)], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(TensorDataset(*make_data()), batch_size=64), ckpt_path=path)
+    return module, trainer
