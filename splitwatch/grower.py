@@ -160,7 +160,7 @@ class Grower:
                 verdict = self.detector.test(self.model, probe, self.batch_size)
             if verdict.kind != "stationary":
                 plan = GrowthPlan((), (), f"not at a stationary point ({verdict.kind})")
-                return GrowthEvent(plan, {}, (parameters,) * 2, verdict=verdict, seconds=stages.seconds)
+                return GrowthEvent(plan, {}, (parameters, parameters), verdict=verdict, seconds=stages.seconds)
             with stages("geometry"):
                 layers = self._layers(probe)
                 geometry = measure_geometry(self.model, probe, layers)
@@ -178,7 +178,8 @@ class Grower:
             with stages("growth"):
                 return grow(self.model, plan, self.optimizers, probe=probe)
         widths = {layer.name: (layer.width, layer.width) for layer in plan.layers}
-        return GrowthEvent(plan, widths, (count_parameters(self.model),) * 2)
+        parameters = count_parameters(self.model)
+        return GrowthEvent(plan, widths, (parameters, parameters))
 
     def _plateaus(
         self,

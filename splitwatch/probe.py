@@ -114,10 +114,12 @@ class Probe:
         ``modules`` are dotted names; a module that is called more than once contributes its last output.
         """
         found: dict[str, Tensor] = {}
+
+        def keep(name: str, output: Tensor) -> None:
+            found[name] = output.detach().clone()  # a copy: what follows may change it in place
+
         hooks = [
-            model.get_submodule(name).register_forward_hook(
-                lambda _module, _inputs, output, name=name: found.__setitem__(name, output.detach().clone())
-            )
+            model.get_submodule(name).register_forward_hook(lambda _m, _i, output, name=name: keep(name, output))
             for name in modules
         ]
         try:
@@ -178,10 +180,7 @@ def _trace(anatomy: Anatomy, layer: HiddenLayer, loss: Tensor, size: int, share:
     if missing:
         raise SplitWatchError(f"loss_fn: required a loss that uses layer {layer.name}, found none of {missing} in it")
     where, _ = anatomy.slice([anatomy.calls[name][0] for name in layer.producers])
-    edges = [anatomy.tape.edges.get(call.output) for call in where.consumers]
-    if any(edge is None for edge in edges):
-        raise SplitWatchError(f"loss_fn: required a loss that depends on layer {layer.name}, found it detached from it")
-    signals = torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True)  # pyright: ignore[reportArgumentType]
+    signals = _signals(anatomy.tape, [call.output for call in where.consumers], loss)
     if all(signal is None for signal in signals):
         raise SplitWatchError(
             f"loss_fn: the loss does not depend on layer {layer.name}; "
@@ -195,10 +194,20 @@ def _trace(anatomy: Anatomy, layer: HiddenLayer, loss: Tensor, size: int, share:
         path=Path(anatomy.tape, where.path, where.starts, where.ends),
         consumers=tuple(LinearMap.of(call) for call in where.consumers),
         readers=tuple(call.weight.detach() for call in where.consumers),
-        signals=tuple(signal.detach() for signal in signals),
+        signals=tuple(
+            torch.zeros_like(anatomy.tape.tensors[call.output]) if signal is None else signal.detach()
+            for call, signal in zip(where.consumers, signals, strict=True)
+        ),
         size=size,
         share=share,
     )
+
+
+def _signals(tape: Tape, outputs: Sequence[int], loss: Tensor) -> list[Tensor | None]:
+    """Gradients of the loss in values of the tape as they were first put out; None for those it does not depend on."""
+    edges = {value: tape.edges[value] for value in outputs if value in tape.edges}
+    gradients = torch.autograd.grad([loss], list(edges.values()), retain_graph=True, allow_unused=True)
+    return [dict(zip(edges, gradients, strict=True)).get(value) for value in outputs]
 
 
 def _detached(tensor: Tensor | None) -> Tensor | None:
@@ -256,7 +265,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             for module, training in modes.items():
                 module.training = training
             for metric, state in metrics.items():
-                metric.__dict__.update(state)
+                vars(metric).update(state)
             with torch.no_grad():
                 for buffer, version, value in buffers:
                     if buffer._version != version:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -204,8 +205,9 @@ def outgoing_weights(layer: HiddenLayer, readers: Sequence[Tensor]) -> Tensor:
 
 def neuron_weights(model: nn.Module, layer: HiddenLayer) -> tuple[Tensor, Tensor]:
     """Incoming weights w (m, d) and outgoing weights v (m, c) of a hidden layer of a model, detached."""
-    producers = [model.get_submodule(name) for name in layer.producers]
-    readers = [model.get_submodule(consumer.name).weight.detach() for consumer in layer.consumers]
+    producers: list[Any] = [model.get_submodule(name) for name in layer.producers]
+    consumers: list[Any] = [model.get_submodule(consumer.name) for consumer in layer.consumers]
+    readers = [module.weight.detach() for module in consumers]
     biases = [None if module.bias is None else module.bias.detach() for module in producers]
     return incoming_weights([module.weight.detach() for module in producers], biases), outgoing_weights(layer, readers)
 

@@ -121,7 +121,7 @@ def _resize(model: nn.Module, state: Mapping[str, Any], prefix: str, layer: Mapp
         for size in rows(module).sizes:
             setattr(module, size, width)
     for name, _, stride in layer["consumers"]:
-        module = model.get_submodule(name)
+        module: Any = model.get_submodule(name)
         saved = state.get(f"{prefix}{name}.weight")
         inputs = module.weight.shape[1] if saved is None else saved.shape[1]
         if (inputs - module.weight.shape[1]) % stride == 0:

@@ -12,14 +12,15 @@ import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from splitwatch.geometry.curvature import incoming_weights, neuron_weights
 from splitwatch.growth.checkpoint import make_growable, remember
-from splitwatch.growth.surgery import IndexMap, Replacement, Surgery, columns, prepare, rows
+from splitwatch.growth.handlers import columns, rows
+from splitwatch.growth.surgery import Replacement, Surgery, prepare
+from splitwatch.growth.widening import IndexMap, submodule
 from splitwatch.layers import select_layers
 from splitwatch.records import GrowthPlan, HiddenLayer, Split, SplitWatchError
 
@@ -115,7 +116,7 @@ def critical_reduction(
     given = select_layers(layers, None)
     narrow = copy.deepcopy(model)
     for layer in given:
-        found = len(_module(narrow, layer.name).weight)
+        found = len(submodule(narrow, layer.name).weight)
         if found != layer.width:
             raise SplitWatchError(
                 f"layers: required {layer.width} neurons in {layer.name}, found {found}; find them again"
@@ -180,11 +181,11 @@ def _surgery(model: nn.Module, layer: HiddenLayer, groups: Groups) -> Surgery:
     index = IndexMap(torch.tensor([group[0] for group in groups]), layer.width)
     removed, edits, sizes = layer.width - len(groups), [], []
     for name in (*layer.producers, *layer.riders):
-        module = _module(model, name)
+        module = submodule(model, name)
         edits += [_replacement(module, field, tensor, index(tensor.detach())) for field, tensor in _held(module)]
         sizes += [(module, size, len(groups)) for size in rows(module).sizes]
     for consumer in layer.consumers:
-        module = _module(model, consumer.name)
+        module = submodule(model, consumer.name)
         places = replace(index, axis=1, start=consumer.start, stride=consumer.stride)
         for field in columns(module).tensors:
             tensor = getattr(module, field)
@@ -206,10 +207,6 @@ def _held(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, tensor) for name, tensor in tensors if tensor is not None]
 
 
-def _module(model: nn.Module, name: str) -> Any:
-    return model.get_submodule(name)
-
-
 def _summed(blocks: Tensor, groups: Groups) -> Tensor:
     return torch.stack([blocks[group].sum(0) for group in groups])
 
@@ -227,9 +224,9 @@ def _shift_columns(layers: dict[str, HiddenLayer], layer: HiddenLayer, removed: 
 
 def _identity(model: nn.Module, layer: HiddenLayer) -> list[Tensor]:
     """Everything that makes a neuron's activation what it is, part by part, one row a neuron."""
-    producers = [_module(model, name) for name in layer.producers]
+    producers = [submodule(model, name) for name in layer.producers]
     parts = [incoming_weights([module.weight], [module.bias]) for module in producers]
-    riders = [tensor for name in layer.riders for _, tensor in _held(_module(model, name))]
+    riders = [tensor for name in layer.riders for _, tensor in _held(submodule(model, name))]
     return [part.detach().reshape(layer.width, -1).double().cpu() for part in (*parts, *riders)]
 
 
@@ -237,7 +234,7 @@ def _outgoing(model: nn.Module, layer: HiddenLayer) -> list[Tensor]:
     """Views of the consumers' weights, one block a neuron."""
     unchanged = IndexMap(torch.arange(layer.width), layer.width, axis=1)
     return [
-        replace(unchanged, start=c.start, stride=c.stride).blocks(_module(model, c.name).weight.detach())
+        replace(unchanged, start=c.start, stride=c.stride).blocks(submodule(model, c.name).weight.detach())
         for c in layer.consumers
     ]
 

@@ -55,7 +55,7 @@ class Exchange:
             if state is not None:
                 self.optimizer.state[new] = state
         if hasattr(self.optimizer, "_numel_cache"):  # L-BFGS flattens its parameters and remembers their number
-            self.optimizer._numel_cache = None
+            self.optimizer._numel_cache = None  # pyright: ignore[reportAttributeAccessIssue]
 
     def rollback(self, states: dict[Tensor, Any]) -> None:
         """Put back the old parameters, and the states as they were before the commit."""

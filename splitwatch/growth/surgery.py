@@ -186,7 +186,8 @@ def _shared_out(blocks: Tensor, source: Tensor, coefficients: Tensor) -> Tensor:
     copies = blocks.index_select(0, source.clamp(min=0)) * as_column(coefficients, blocks)
     appended, owners = copies[m:], source[m:]
     given = torch.zeros_like(blocks).index_add_(0, owners.clamp(min=0), appended)
-    return torch.cat([blocks - given, appended])
+    silent = as_column(coefficients[:m] == 0, blocks).bool()
+    return torch.cat([torch.where(silent, 0, blocks - given), appended])
 
 
 def _present(module: nn.Module, fields: Fields) -> Iterator[tuple[str, Tensor]]:
@@ -200,7 +201,7 @@ def _parameter_like(replacement: Replacement) -> nn.Parameter:
     """The new values as a parameter with the old one's flags, attributes and gradient."""
     old = replacement.old
     new = nn.Parameter(replacement.new, requires_grad=old.requires_grad)
-    new.__dict__.update(old.__dict__)
+    vars(new).update(vars(old))
     if old.grad is not None:
         new.grad = replacement.carry(old.grad, power=1)
     return new

@@ -86,38 +86,38 @@ def widenings(model: nn.Module, plan: GrowthPlan) -> tuple[Widening, ...]:
     return tuple(_widening(model, layers[name], items) for name, items in moves.items())
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Neuron:
+    """One neuron of the widened layer."""
+
+    source: int
+    coefficient: float
+    in_offset: Tensor
+    out_offset: Tensor
+
+
 def _widening(model: nn.Module, layer: HiddenLayer, moves: Sequence[Split | Sprout]) -> Widening:
     d, c = _sizes(model, layer)
-    like = model.get_submodule(layer.producers[0]).weight
-    base = {"dtype": torch.float64, "device": "cpu"}
-    source = list(range(layer.width))
-    coefficients = [1.0] * layer.width
-    in_offset, out_offset = ([torch.zeros(n, **base)] * layer.width for n in (d, c))
+    still = torch.zeros(d, dtype=torch.float64), torch.zeros(c, dtype=torch.float64)
+    neurons = [_Neuron(r, 1.0, *still) for r in range(layer.width)]
     split: set[int] = set()
     for move in moves:
         _check_move(move, layer, d, c, split)
         if isinstance(move, Sprout):
-            source.append(-1)
-            coefficients.append(0.0)
-            in_offset.append(move.incoming.to(**base))
-            out_offset.append(move.outgoing.to(**base))
+            neurons.append(_Neuron(-1, 0.0, move.incoming, move.outgoing))
             continue
         split.add(move.neuron)
-        for j, coefficient in enumerate(move.coefficients):
-            place = move.neuron if j == 0 else len(source)
-            for values, value in (
-                (source, move.neuron),
-                (coefficients, coefficient),
-                (in_offset, move.in_offset[j].to(**base)),
-                (out_offset, move.out_offset[j].to(**base)),
-            ):
-                values[place : place + 1] = [value]
+        copies = zip(move.coefficients, move.in_offset, move.out_offset, strict=True)
+        first, *others = (_Neuron(move.neuron, *copy) for copy in copies)
+        neurons[move.neuron] = first
+        neurons += others
+    like = submodule(model, layer.producers[0]).weight
     return Widening(
         layer,
-        torch.tensor(source),
-        torch.tensor(coefficients, dtype=torch.float64),
-        torch.stack(in_offset).to(like),
-        torch.stack(out_offset).to(like),
+        torch.tensor([neuron.source for neuron in neurons]),
+        torch.tensor([neuron.coefficient for neuron in neurons], dtype=torch.float64),
+        torch.stack([neuron.in_offset.to(like) for neuron in neurons]),
+        torch.stack([neuron.out_offset.to(like) for neuron in neurons]),
     )
 
 

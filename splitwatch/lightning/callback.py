@@ -124,7 +124,7 @@ def training_step_loss(module: nn.Module, batch: Batch) -> Tensor:
     Raises:
         SplitWatchError: it returned no loss.
     """
-    step = module.training_step  # pyright: ignore[reportAttributeAccessIssue]
+    step: Any = module.training_step
     takes_index = len(inspect.signature(step).parameters) > 1
     with _muted(module):
         output = step(batch, 0) if takes_index else step(batch)

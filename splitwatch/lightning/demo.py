@@ -102,7 +102,8 @@ class Duplicate(pl.Callback):
 
 
 def _duplication(module: nn.Module, move: Split, generator: torch.Generator) -> Split:
-    deviation = float(module.get_submodule(move.layer).weight.detach().std())
+    producer: Any = module.get_submodule(move.layer)
+    deviation = float(producer.weight.detach().std())
     noise = torch.randn(move.in_offset.shape[1], generator=generator) * deviation * NOISE
     offsets = torch.stack([torch.zeros_like(noise), noise])
     return replace(move, coefficients=(0.5, 0.5), in_offset=offsets, out_offset=torch.zeros_like(move.out_offset[:2]))
@@ -136,7 +137,7 @@ def train(
         num_sanity_val_steps=0,
     )
     loaders = [DataLoader(data[0], BATCH, shuffle=True), DataLoader(data[1], len(data[1]))]
-    trainer.fit(module, *loaders)
+    trainer.fit(module, loaders[0], loaders[1])
     return module
 
 

@@ -30,6 +30,7 @@ KINDS: Final = {  # colours told apart in every common kind of colour vision
     "inconclusive": ("#C8C8C8", "inconclusive at second order"),
     "not_stationary": ("#F4F4F4", "not stationary"),
 }
+WIDE: Final = 50.0  # largest over median eigenvalue from which a spectrum is drawn on a logarithmic scale
 SURE: Final = "two +, one −: saddle for any inner Hessian"
 
 
@@ -102,22 +103,30 @@ def plateau_figure(
 def spectrum_figure(geometry: LayerGeometry) -> Figure:
     """Both ends of every neuron's inner Hessian with held-out intervals, and the coupling; neurons sorted by the lower.
 
-    A point is filled where the held-out half confirms its sign: below zero for the lower end, above for the upper.
+    A point is filled where the held-out half confirms its sign. A spectrum over many decades is drawn on a scale that is
+    logarithmic beyond the median size.
     """
     order = _numbers(geometry.min_eigenvalue).argsort()
     figure = _figure(f"{geometry.layer}: inner Hessians of {len(order)} neurons")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
-    place, size = range(len(order)), max(2.5, min(6.0, 300 / (1 + len(order))))
-    for label, colour, value, bars, sure in (
-        ("lowest eigenvalue", LOW, geometry.min_eigenvalue, geometry.interval, geometry.negative),
-        ("highest eigenvalue", HIGH, geometry.max_eigenvalue, geometry.max_interval, geometry.positive),
+    place, size = range(len(order)), max(2.5, min(5.0, 300 / (1 + len(order))))
+    ends = [_numbers(end)[order] for end in (geometry.min_eigenvalue, geometry.max_eigenvalue)]
+    top.vlines(place, *(end.tolist() for end in ends), color="#CCCCCC", lw=0.8, zorder=1)
+    for label, colour, end, bars in (
+        ("lowest eigenvalue", LOW, ends[0], geometry.interval),
+        ("highest eigenvalue", HIGH, ends[1], geometry.max_interval),
     ):
-        heights, filled = _numbers(value)[order], sure.cpu()[order]
-        low, high = _numbers(bars)[order].T.tolist()
-        top.vlines(place, low, high, color=colour, alpha=0.35, lw=size / 2)
-        top.plot(place, heights.tolist(), "o", color=colour, mfc="white", ms=size)
-        top.plot(place, heights.where(filled, math.nan).tolist(), "o", color=colour, ms=size, label=label)
-    top.plot([], [], "o", color="#777777", mfc="white", label="hollow: sign not confirmed on held-out data (bar)")
+        low, high = _numbers(bars)[order].T
+        sure = torch.where(end < 0, high < 0, low > 0)
+        top.vlines(place, low.tolist(), high.tolist(), color=colour, alpha=0.45, lw=size / 2)
+        top.plot(place, end.tolist(), "o", color=colour, mfc="white", ms=size)
+        top.plot(place, end.where(sure, math.nan).tolist(), "o", color=colour, ms=size, label=label)
+    top.plot(
+        [], [], "o", color="#777777", mfc="white", label="hollow: sign not confirmed by the held-out interval (bar)"
+    )
+    sizes = torch.cat(ends).abs()
+    if float(sizes.max()) > WIDE * float(sizes.median()) > 0:
+        top.set_yscale("symlog", linthresh=float(sizes.median()), linscale=0.5)
     top.axhline(0, color=INK, lw=0.8)
     bottom.bar(place, _numbers(geometry.coupling_norm)[order].tolist(), width=0.7, color=ESCAPE)
     bottom.margins(x=0.01)
@@ -133,7 +142,9 @@ def line_search_figure(plan: GrowthPlan) -> Figure:
     axes = figure.subplots()
     tried = sorted((abs(x), y if math.isfinite(y) else -math.inf, x < 0) for x, y in plan.line_search if x)
     if not tried:
-        axes.text(0.5, 0.5, f"no line search: {plan.reason}", ha="center", wrap=True, transform=axes.transAxes)
+        axes.text(
+            0.5, 0.5, f"no line search: {plan.reason}", ha="center", fontsize=9, wrap=True, transform=axes.transAxes
+        )
         axes.set_axis_off()
         return figure
     best = max(plan.held_out_decrease, *(y for _, y, _ in tried))
@@ -146,7 +157,7 @@ def line_search_figure(plan: GrowthPlan) -> Figure:
         axes.plot(x, y, style, color=LOW, ms=4, lw=1.2, **({"label": label} if x else {}))
     below = [x for x, y, _ in tried if y < floor]
     if below:
-        axes.plot(below, [floor * 0.93] * len(below), "v", color=LOW, mfc="white", ms=6, label="loss rises, below")
+        axes.plot(below, [floor * 0.93] * len(below), "v", color=LOW, mfc="white", ms=6, label="lower, off the picture")
     axes.set_xscale("log", base=2)
     if plan.offset:
         _chosen_offset(axes, plan, tried[0][0], tried[-1][0])
@@ -197,13 +208,15 @@ def _shade_three(axes: Axes, theory: _Theory, reach: float) -> set[str]:
         hatch = "////" if words.count("+") == 2 else None
         colour = KINDS[kind][0]
         axes.add_patch(Polygon(corners, fc=colour, alpha=0.6, ec="white", hatch=hatch, lw=0, gid=f"{words} {kind}"))
-        x, y = (sum(axis) / len(axis) for axis in _columns(corners))
+        place = [sum(axis) / len(axis) for axis in _columns(corners)]
+        lift = 14 if len(corners) == 5 else 0  # (1, 1, −1) is often chosen, and marked
         box = {"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.75}
-        axes.text(x, y, words, ha="center", va="center", fontsize=9, color=INK, bbox=box)
+        look = {"ha": "center", "va": "center", "fontsize": 9, "color": INK, "bbox": box}
+        axes.annotate(words, place, (0, lift), textcoords="offset points", **look)
         seen.add(kind)
     for line in ([(0, near), (0, far)], [(near, 0), (far, 0)], [(near, far), (far, near)]):
         axes.plot(*_columns(line), color="white", lw=1)
-    axes.add_patch(Polygon([(0, 0), (1, 0), (0, 1)], fill=False, ec=INK, lw=1.6, joinstyle="round"))
+    axes.add_patch(Polygon([(0, 0), (1, 0), (0, 1)], fill=False, ec=INK, lw=1.8, joinstyle="round", zorder=3))
     axes.set(xlim=(near, far), ylim=(near, far), aspect="equal")
     _dress(axes, r"three copies: $\lambda_1$,   $\lambda_3 = 1 - \lambda_1 - \lambda_2$", r"$\lambda_2$")
     return seen
@@ -220,22 +233,25 @@ def _curves(axes: Axes, reach: float, ends: Sequence[float], bars: Sequence[Sequ
     kappa = t * (1 - t) / square
     x, curves = t.tolist(), [kappa * end for end in ends]
     labels = r"along the lowest: $\kappa(t)\,\lambda_{\min}$", r"along the highest: $\kappa(t)\,\lambda_{\max}$"
+    band = "held-out interval"
     for curve, bar, style, label in zip(curves, bars, ("-", "--"), labels, strict=True):
         if bar is not None and all(map(math.isfinite, bar)):
-            axes.fill_between(x, *((kappa * end).tolist() for end in bar), color=INK, alpha=0.16, lw=0)
+            axes.fill_between(x, *((kappa * end).tolist() for end in bar), color=INK, alpha=0.16, lw=0, label=band)
+            band = ""
         axes.plot(x, curve.tolist(), style, color=INK, lw=1.8, label=label)
     axes.axhline(0, color=INK, lw=0.6)
     if g:
         lower, upper = torch.minimum(*curves), torch.maximum(*curves)
         low, high = ((p - (p**2 + 2 * g**2 / square).sqrt()) / 2 for p in (lower, upper))
-        label = "lowest with coupling, within"
+        label = "lowest with coupling: in this band"
         high = torch.minimum(high, lower).tolist()
         axes.fill_between(x, low.tolist(), high, color=ESCAPE, alpha=0.45, lw=0, label=label, zorder=3)
 
 
 def _mark(left: Axes, right: Axes, coefficients: Sequence[float]) -> None:
     """Mark the chosen coefficients: two on the line, three in the plane."""
-    look = {"color": INK, "mec": "white", "ms": 9, "zorder": 7, "label": "chosen coefficients"}
+    words = ", ".join(f"{value:g}".replace("-", "−") for value in coefficients)
+    look = {"color": INK, "mec": "white", "ms": 9, "zorder": 7, "label": f"chosen: ({words})"}
     if len(coefficients) == 2:
         left.axvline(coefficients[0], color=INK, lw=1.2, ls=(0, (2, 2)))
         left.plot([coefficients[0]], [0.0], "D", **look)
