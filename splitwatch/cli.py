@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="a narrow network gets stuck on digits, is diagnosed, widened, freed")
     demo.add_argument("--logdir", type=Path, default=Path("runs/demo"), help="where TensorBoard's files go")
     demo.add_argument("--seed", type=int, default=0)
-    demo.add_argument("--steps", type=int, default=3200, help="training steps of each of the three runs")
+    demo.add_argument("--steps", type=int, default=4200, help="training steps of each of the three runs")
     demo.set_defaults(run=_demo)
     inspect = commands.add_parser("inspect", help="what can be widened in a model, or how a checkpoint grew")
     inspect.add_argument("target", help="a checkpoint file, or package.module:function that returns (model, probe)")
@@ -47,8 +47,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(options: argparse.Namespace) -> None:
+    import torch
+
     from splitwatch.lightning.demo import run
 
+    torch.set_num_threads(1)  # the networks are so small that threads only wait for each other
     run(options.logdir, options.seed, options.steps)
 
 

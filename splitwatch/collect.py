@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from splitwatch.probe import Batch, LossFunction, Probe, batch_size, select_samples
+from splitwatch.batches import Batch, batch_size, select_samples
+from splitwatch.probe import LossFunction, Probe
 
 
 class ProbeCollector:

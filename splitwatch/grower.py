@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+from splitwatch.batches import Batch, batch_size
 from splitwatch.collect import ProbeCollector
 from splitwatch.geometry.diagnose import diagnose_splits
 from splitwatch.geometry.measure import EQUAL, measure_geometry
@@ -19,7 +20,7 @@ from splitwatch.growth.grow import count_parameters, grow
 from splitwatch.growth.plan import plan_growth
 from splitwatch.growth.policy import GrowthPolicy
 from splitwatch.layers import find_hidden_layers, select_layers
-from splitwatch.probe import Batch, LossFunction, Probe, batch_size
+from splitwatch.probe import LossFunction, Probe
 from splitwatch.records import (
     GrowthEvent,
     GrowthPlan,

@@ -7,21 +7,20 @@ samples, so ragged batches are weighted right.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from torchmetrics import Metric
 
 from splitwatch.anatomy import Anatomy
+from splitwatch.batches import Batch, batch_size, cut, halve, shares
 from splitwatch.linear_map import LinearMap
 from splitwatch.records import HiddenLayer, SplitWatchError
 from splitwatch.tape import Path, Tape
+from splitwatch.undisturbed import undisturbed
 
-Batch = Any
 LossFunction = Callable[[nn.Module, Batch], Tensor]
 
 
@@ -67,7 +66,7 @@ class Probe:
         if not batches:
             raise SplitWatchError("batches: required at least one batch, found none; pass training batches")
         if len(batches) == 1:
-            batches = _halve(batches[0])
+            batches = halve(batches[0])
         self.fitted: tuple[Batch, ...] = tuple(batches[::2])
         self.held_out: tuple[Batch, ...] = tuple(batches[1::2])
         self.loss_fn = loss_fn
@@ -89,7 +88,7 @@ class Probe:
         batches = self.half(half)
         with undisturbed(model), torch.no_grad():
             losses = [float(self._checked(self.loss_fn(model, batch), finite).double()) for batch in batches]
-        return sum(value * share for value, share in zip(losses, _shares(batches), strict=True))
+        return sum(value * share for value, share in zip(losses, shares(batches), strict=True))
 
     def gradients(self, model: nn.Module, at_least: int = 8) -> Iterator[tuple[Tensor, int]]:
         """The gradient on every batch, flat over the trainable parameters, with the batch's size.
@@ -102,7 +101,7 @@ class Probe:
         parameters = [p for p in model.parameters() if p.requires_grad]
         batches = self.half("all")
         parts = -(-at_least // len(batches))
-        for batch in (piece for whole in batches for piece in _cut(whole, parts)):
+        for batch in (piece for whole in batches for piece in cut(whole, parts)):
             with undisturbed(model), torch.enable_grad():
                 loss = self._checked(self.loss_fn(model, batch))
                 grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
@@ -115,13 +114,10 @@ class Probe:
         """
         found: dict[str, Tensor] = {}
 
-        def keep(name: str, output: Tensor) -> None:
+        def keep(name: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
             found[name] = output.detach().clone()  # a copy: what follows may change it in place
 
-        hooks = [
-            model.get_submodule(name).register_forward_hook(lambda _m, _i, output, name=name: keep(name, output))
-            for name in modules
-        ]
+        hooks = [model.get_submodule(name).register_forward_hook(partial(keep, name)) for name in modules]
         try:
             with undisturbed(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
                 self._checked(self.loss_fn(model, self.fitted[0]))
@@ -155,7 +151,7 @@ class Probe:
         """
         batches = self.half(half)
         traces: dict[str, list[LayerTrace]] = {layer.name: [] for layer in layers}
-        for batch, share in zip(batches, _shares(batches), strict=True):
+        for batch, share in zip(batches, shares(batches), strict=True):
             tape, loss = self.record(model, batch)
             anatomy = Anatomy(model, tape)
             for layer in layers:
@@ -166,7 +162,7 @@ class Probe:
     def _checked(loss: Any, finite: bool = True) -> Tensor:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(type(loss).__name__)
-            raise SplitWatchError(f"loss_fn: required a scalar (the batch's mean loss), found {found}; reduce it")
+            raise SplitWatchError(f"loss_fn: required a scalar tensor (the mean loss), found {found}; reduce it")
         if finite and not bool(torch.isfinite(loss)):
             raise SplitWatchError(
                 f"loss_fn: required a finite loss, found {float(loss.detach())}; "
@@ -212,73 +208,3 @@ def _signals(tape: Tape, outputs: Sequence[int], loss: Tensor) -> list[Tensor | 
 
 def _detached(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach()
-
-
-def batch_size(batch: Batch) -> int:
-    """Number of samples in a batch: the length of the first axis of its first tensor."""
-    for leaf in pytree.tree_leaves(batch):
-        if isinstance(leaf, Tensor) and leaf.ndim:
-            return leaf.shape[0]
-    raise SplitWatchError("batches: required tensors whose first axis is the sample, found a batch without any tensor")
-
-
-def _shares(batches: Sequence[Batch]) -> list[float]:
-    sizes = [batch_size(batch) for batch in batches]
-    return [size / sum(sizes) for size in sizes]
-
-
-def _halve(batch: Batch) -> list[Batch]:
-    size = batch_size(batch)
-    if size < 2:
-        raise SplitWatchError("batches: required two samples or more (half is held out), found one; pass more")
-    return _cut(batch, 2)
-
-
-def _cut(batch: Batch, parts: int) -> list[Batch]:
-    parts, size = min(parts, batch_size(batch)), batch_size(batch)
-    return [batch] if parts == 1 else [select_samples(batch, torch.arange(i, size, parts)) for i in range(parts)]
-
-
-def select_samples(batch: Batch, rows: Tensor) -> Batch:
-    """The batch with only some of its samples; everything that is not a per-sample tensor is kept."""
-    size = batch_size(batch)
-
-    def select(leaf: Any) -> Any:
-        per_sample = isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == size
-        return leaf[rows.to(leaf.device)] if per_sample else leaf
-
-    return pytree.tree_map(select, batch)
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; RNG state, modes, buffers and metric states outside are as before, to the bit."""
-    modes = {module: module.training for module in model.modules()}
-    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers()]
-    metrics = {module: _metric_state(module) for module in model.modules() if isinstance(module, Metric)}
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
-        try:
-            model.eval()
-            yield
-        finally:
-            for module, training in modes.items():
-                module.training = training
-            for metric, state in metrics.items():
-                vars(metric).update(state)
-            with torch.no_grad():
-                for buffer, version, value in buffers:
-                    if buffer._version != version:
-                        buffer.copy_(value)
-
-
-def _metric_state(metric: Metric) -> dict[str, Any]:
-    """Everything a metric's update and compute may change, copied."""
-
-    def copied(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.detach().clone()
-        return list(value) if isinstance(value, list) else value
-
-    fixed = {"_parameters", "_buffers", "_modules"}
-    return {key: copied(value) for key, value in metric.__dict__.items() if key not in fixed}

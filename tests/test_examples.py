@@ -28,7 +28,7 @@ def test_plain_loop(tmp_path):
 
 @pytest.mark.slow
 def test_convnet(tmp_path):
-    grower, loss = load("convnet").main(1200, str(tmp_path))
+    grower, _ = load("convnet").main(1200, str(tmp_path))
     assert any(event.grown for event in grower.events)
 
 

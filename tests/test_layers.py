@@ -11,6 +11,8 @@ from splitwatch.layers import find_hidden_layers, select_layers
 from splitwatch.probe import Probe
 from splitwatch.records import SplitWatchError, UnsupportedLayerError
 
+torch.set_num_threads(1)
+
 
 def squares(model, batch):
     """A loss that reads every output and needs no target."""

@@ -23,6 +23,8 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*tensorboardX.*",
     "ignore:Checkpoint directory.*:UserWarning",
     "ignore:The number of training batches.*:UserWarning",
+    "ignore:.*ended before the epoch ended.*:UserWarning",
+    "ignore:.*returned .None.*:UserWarning",
 )
 
 POLICY = GrowthPolicy(window=100, max_events=1)
@@ -140,7 +142,7 @@ def test_monitor_only_never_grows_and_leaves_the_run_and_its_logs_bit_equal():
 
 def test_growth_waits_for_accumulated_gradients():
     watch = SplitWatch(POLICY)
-    module, trainer = fit([watch], steps=500, accumulate_grad_batches=3)
+    _, trainer = fit([watch], steps=500, accumulate_grad_batches=3)
     assert trainer.global_step == 500
     assert all(event.step <= 500 for event in watch.events)
     assert watch.grower.steps == 500

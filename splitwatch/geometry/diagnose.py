@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from splitwatch.geometry.curvature import coupling, inner_hessian, neuron_weights
+from splitwatch.geometry.curvature import coupling, inner_hessian
 from splitwatch.geometry.plateau import Narrow, classify_split
+from splitwatch.geometry.weights import neuron_weights
 from splitwatch.probe import Probe
 from splitwatch.records import HiddenLayer, PlateauVerdict
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from splitwatch.geometry.curvature import incoming_weights, outgoing_weights
+from splitwatch.geometry.weights import incoming_weights, outgoing_weights
 from splitwatch.layers import find_hidden_layers, select_layers
 from splitwatch.probe import LayerTrace, Probe
 from splitwatch.records import HiddenLayer, SplitWatchError, UnsupportedLayerError

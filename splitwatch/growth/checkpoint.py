@@ -87,7 +87,7 @@ def _state_dict(path: str | os.PathLike[str]) -> tuple[Mapping[str, Any], Mappin
     except FileNotFoundError:
         raise SplitWatchError(f"path: required an existing file, found none at {path}") from None
     state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else None
-    if state is None or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise SplitWatchError(f"path: required a Lightning checkpoint or a state dict, found something else in {path}")
     return state, checkpoint
 

@@ -16,7 +16,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from splitwatch.geometry.curvature import incoming_weights, neuron_weights
+from splitwatch.geometry.weights import incoming_weights, neuron_weights
 from splitwatch.growth.checkpoint import make_growable, remember
 from splitwatch.growth.handlers import columns, rows
 from splitwatch.growth.surgery import Replacement, Surgery, prepare
@@ -83,9 +83,6 @@ def critical_embedding(model: nn.Module, layer: HiddenLayer, neuron: int, coeffi
     move = Split(layer.name, neuron, weights, *offsets, predicted_decrease=0.0, reason="critical embedding")
     plan = GrowthPlan((layer,), (move,), "critical embedding")
     prepare(wide, plan).commit()
-    if weights[0] == 0:  # what the other copies leave of v is zero only to rounding
-        for blocks in _outgoing(wide, replace(layer, width=layer.width + len(weights) - 1)):
-            blocks[neuron] = 0
     remember(wide, plan)
     return wide
 

@@ -40,9 +40,9 @@ def grow(
     """
     optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     start, before = time.perf_counter(), count_parameters(model)
+    surgery = prepare(model, plan)
     drift = _drift(model, plan, probe) if probe is not None and plan else float("nan")
     losses = _losses(model, probe)
-    surgery = prepare(model, plan)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     exchanges = [exchange(optimizer, surgery.replacements) for optimizer in optimizers]
     states = [dict(optimizer.state) for optimizer in optimizers]

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from splitwatch.geometry.curvature import neuron_weights
 from splitwatch.geometry.measure import EQUAL
 from splitwatch.geometry.plateau import splitting_modes
+from splitwatch.geometry.weights import neuron_weights
 from splitwatch.growth.grow import count_parameters, widened
 from splitwatch.growth.policy import GrowthPolicy
 from splitwatch.layers import find_hidden_layers, select_layers

@@ -81,7 +81,7 @@ def widenings(model: nn.Module, plan: GrowthPlan) -> tuple[Widening, ...]:
     moves: dict[str, list[Split | Sprout]] = defaultdict(list)
     for move in plan.moves:
         if move.layer not in layers:
-            raise SplitWatchError(f"plan: required moves in its layers {sorted(layers)}, found one in {move.layer!r}")
+            raise SplitWatchError(f"plan: required moves in its own layers {[*layers]}, found {move.layer!r}")
         moves[move.layer].append(move)
     return tuple(_widening(model, layers[name], items) for name, items in moves.items())
 
@@ -143,15 +143,15 @@ def _sizes(model: nn.Module, layer: HiddenLayer) -> tuple[int, int]:
     """Incoming and outgoing weights of one neuron, after checking that the layer is as the plan found it."""
     d = c = 0
     for name in layer.producers:
-        module = submodule(model, name)
-        if module.weight.shape[0] != layer.width:
+        weight = _weight(model, name)
+        if len(weight) != layer.width:
             raise SplitWatchError(
-                f"plan: required {layer.width} neurons in {name}, found {module.weight.shape[0]}; "
+                f"plan: required {layer.width} neurons in {name}, found {len(weight)}; "
                 "the model changed since the plan was made, plan again"
             )
-        d += module.weight[0].numel() + (module.bias is not None)
+        d += weight[0].numel() + (submodule(model, name).bias is not None)
     for consumer in layer.consumers:
-        weight = submodule(model, consumer.name).weight
+        weight = _weight(model, consumer.name)
         if weight.shape[1] < consumer.start + layer.width * consumer.stride:
             raise SplitWatchError(
                 f"plan: required {layer.width * consumer.stride} columns from {consumer.start} on in {consumer.name}, "
@@ -167,3 +167,10 @@ def submodule(model: nn.Module, name: str) -> Any:
         return model.get_submodule(name)
     except AttributeError:
         raise SplitWatchError(f"plan: required a module named {name!r} in the model, found none; plan again") from None
+
+
+def _weight(model: nn.Module, name: str) -> Tensor:
+    weight = getattr(module := submodule(model, name), "weight", None)
+    if not isinstance(weight, Tensor):
+        raise SplitWatchError(f"plan: required weights in {name}, found {type(module).__name__} without; plan again")
+    return weight

@@ -10,10 +10,11 @@ from typing import Any
 import pytorch_lightning as pl
 from torch import Tensor, nn
 
+from splitwatch.batches import Batch
 from splitwatch.grower import Grower, Sink
 from splitwatch.growth.checkpoint import make_growable
 from splitwatch.growth.policy import GrowthPolicy
-from splitwatch.probe import Batch, LossFunction, Probe
+from splitwatch.probe import LossFunction, Probe
 from splitwatch.records import GrowthEvent, SplitWatchError
 from splitwatch.report.board import TensorBoardSink, event_scalars
 
@@ -87,7 +88,7 @@ class SplitWatch(pl.Callback):
         if self.grower is None or trainer.global_step == self._step:
             return
         self._step = trainer.global_step
-        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if loss is None:
             raise SplitWatchError("training_step: required a returned loss to watch, found None; return the loss")
         self.grower.observe(trainer.precision_plugin.convert_input(batch), loss)

@@ -6,7 +6,9 @@ neurons that splitwatch chose, halves with a little noise, at the same step).
 
 from __future__ import annotations
 
+import logging
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -131,17 +133,20 @@ def train(
         callbacks=list(callbacks),
         logger=TensorBoardLogger(logdir, name="", version=name),
         check_val_every_n_epoch=10,
-        log_every_n_steps=1,
+        log_every_n_steps=12,
         enable_checkpointing=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-    loaders = [DataLoader(data[0], BATCH, shuffle=True), DataLoader(data[1], len(data[1]))]
-    trainer.fit(module, loaders[0], loaders[1])
+    with warnings.catch_warnings():
+        # The data are in memory, so loading them in other processes would only cost time.
+        warnings.filterwarnings("ignore", ".*does not have many workers.*")
+        warnings.filterwarnings("ignore", ".*LeafSpec.*")
+        trainer.fit(module, DataLoader(data[0], BATCH, shuffle=True), DataLoader(data[1], len(data[1])))
     return module
 
 
-def run(logdir: str | Path = "runs/demo", seed: int = 0, steps: int = 3200) -> dict[str, Score]:
+def run(logdir: str | Path = "runs/demo", seed: int = 0, steps: int = 4200) -> dict[str, Score]:
     """Run the demonstration and print what happened.
 
     Args:
@@ -155,7 +160,8 @@ def run(logdir: str | Path = "runs/demo", seed: int = 0, steps: int = 3200) -> d
     Raises:
         SplitWatchError: no stationary point was found within the steps.
     """
-    start, console, logdir = time.perf_counter(), Console(), Path(logdir)
+    start, console, logdir = time.perf_counter(), Console(soft_wrap=True, highlight=False), Path(logdir)
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     data = load_digits()
     console.print(f"A network with 4 hidden tanh neurons learns 1,437 handwritten digits ({steps} steps a run).")
     watcher = SplitWatch(GrowthPolicy(max_events=1, window=300))
@@ -180,7 +186,7 @@ def run(logdir: str | Path = "runs/demo", seed: int = 0, steps: int = 3200) -> d
     console.print(_table(scores))
     console.print(f"{time.perf_counter() - start:.0f} s. See it all:")
     command = f"tensorboard --logdir {logdir} --load_fast=false --samples_per_plugin images=200,text=200"
-    console.print(f"  {command}", highlight=False, soft_wrap=True)
+    console.print(f"  {command}")
     return scores
 
 
@@ -196,12 +202,12 @@ def _growth(watcher: SplitWatch) -> GrowthEvent:
 
 def _tell(console: Console, event: GrowthEvent) -> None:
     """What was decided, and why."""
-    console.print(str(event), highlight=False)
+    console.print(str(event), markup=False)
     for name, geometry in event.geometry.items():
         console.print(f"  geometry of {name}: " + ", ".join(f"{v:.0%} {k}" for k, v in geometry.shares.items() if v))
     for name, verdict in event.plateaus.items():
-        console.print(f"  {name}: {verdict}", highlight=False, markup=False)
-    console.print(str(event.plan), highlight=False, markup=False)
+        console.print(f"  {name}: {verdict}", markup=False)
+    console.print(str(event.plan), markup=False)
 
 
 def _table(scores: Mapping[str, Score]) -> Table:

@@ -1,23 +1,21 @@
 """Growth events and layer geometry on TensorBoard, or on any writer with some of ``SummaryWriter``'s methods.
 
-What a writer cannot take is left out: scalars need ``add_scalar``, histograms ``add_histogram``, figures ``add_figure``,
-texts ``add_text``, the Custom Scalars tab ``add_custom_scalars``. Start TensorBoard with ``--load_fast=false
---samples_per_plugin images=200,text=200``; by default it keeps ten of each.
+What a writer has no method for is left out. Start TensorBoard with ``--load_fast=false --samples_per_plugin
+images=200,text=200``; by default it keeps ten of each.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
 
-from splitwatch.records import GrowthEvent, LayerGeometry, Split
-from splitwatch.report.page import event_markdown
+from splitwatch.records import GrowthEvent, LayerGeometry, Split, Sprout
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,6 +23,7 @@ if TYPE_CHECKING:
 ROOT: Final = "splitwatch"
 EVENT_TAG: Final = f"{ROOT}/event"
 FIGURES: Final = 8  # layers that are drawn at one event; a figure takes a third of a second
+LISTED: Final = 40  # moves listed one by one in the text
 CERTAINTY: Final = {"moving": 0.0, "suspected": 0.5, "undecided": 0.5, "stationary": 1.0}
 
 
@@ -101,6 +100,31 @@ def log_event(
         _figure(writer, f"{ROOT}/line_search", step, lambda: line_search_figure(event.plan))
 
 
+def event_markdown(event: GrowthEvent) -> str:
+    """A page on an event: the decision and why, what came of it, what was measured, the moves, the plateaus."""
+    moves = event.plan.moves
+    headline = f"grew by {sum(move.added for move in moves)} neurons" if event.grown else "measured, not grown"
+    parts = [f"## Step {event.step}: {headline}", f"**Decision:** {_words(event.plan.reason)}."]
+    if event.verdict is not None:
+        parts.append(
+            f"**Verdict:** {event.verdict.kind}: {_words(event.verdict.reason)}; loss {event.verdict.loss:.6g}."
+        )
+    parts += ["### Size", _table(("", "before", "after"), _sizes(event))]
+    outcome = list(_outcome(event))
+    parts += ["### Outcome", _table(("quantity", "value"), outcome)] if outcome else []
+    if event.geometry:
+        heads = ("layer", "neurons", "lowest", "highest", "coupling (median)", "lowest escape", "confirmed curvature")
+        parts += ["### Curvature", _table(heads, map(_measured, event.geometry.items()))]
+    if moves:
+        heads = ("layer", "neuron", "coefficients", "predicted decrease", "why")
+        more = [f"… and {len(moves) - LISTED} more."] if len(moves) > LISTED else []
+        parts += ["### Moves", _table(heads, map(_move, moves[:LISTED])), *more]
+    if event.plateaus:
+        rows = ((name, item.kind.replace("_", " "), _words(item.reason)) for name, item in event.plateaus.items())
+        parts += ["### Plateaus", _table(("split", "kind", "why"), rows)]
+    return "\n\n".join(parts) + "\n"
+
+
 def best_plateau(event: GrowthEvent, layer: str) -> Figure:
     """The splits of the neuron of a layer that the plan moves first, or else of the one with the lowest escape.
 
@@ -125,7 +149,7 @@ def best_plateau(event: GrowthEvent, layer: str) -> Figure:
         coefficients=None if move is None else move.coefficients,
         narrow="nondegenerate_minimum",
         outputs=geometry.escape_out.shape[1],
-        title=f"splits of {layer}[{r}], if the narrow point is a nondegenerate minimum",
+        title=f"layer {layer}, neuron {r}: its splits, if the narrow point is a nondegenerate minimum",
     )
 
 
@@ -185,7 +209,7 @@ def read_events(logdir: str | Path) -> list[tuple[int, str]]:
     """The pages of text that ``log_event`` wrote below a folder, (step, markdown), run by run."""
     from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 
-    runs = EventMultiplexer(tensor_size_guidance={EVENT_TAG: 0}, size_guidance={"tensors": 0})
+    runs = EventMultiplexer(size_guidance={"tensors": 0})
     runs.AddRunsFromDirectory(str(logdir)).Reload()
     return [page for run in sorted(runs.Runs()) for page in _pages(runs, run)]
 
@@ -231,3 +255,55 @@ def _histogram(writer: Any, tag: str, values: Tensor, step: int) -> None:
 def _figure(writer: Any, tag: str, step: int, draw: Callable[[], Figure]) -> None:
     if hasattr(writer, "add_figure"):
         writer.add_figure(tag, draw(), step)
+
+
+def _sizes(event: GrowthEvent) -> Iterator[tuple[str, ...]]:
+    widths = {f"width of `{name}`": sizes for name, sizes in event.widths.items()}
+    for name, sizes in {**widths, "parameters": event.parameters}.items():
+        before, after = (f"{size:,}" for size in sizes)
+        yield name, before, after if after == before else f"**{after}**"
+
+
+def _outcome(event: GrowthEvent) -> Iterator[tuple[str, str]]:
+    plan = event.plan
+    if plan:
+        yield "offset, relative to the neurons' weights", f"{plan.offset:g}"
+        yield "decrease predicted (second order)", _number(plan.predicted_decrease)
+        yield "decrease found by the line search, fitted half", _number(plan.fitted_decrease)
+        yield "decrease found by the line search, held-out half", _number(plan.held_out_decrease)
+    if event.grown:
+        yield "decrease realised, fitted half", _number(event.realised_fitted)
+        yield "decrease realised, held-out half", f"**{_number(event.realised_held_out)}**"
+        yield "output drift at zero offset", _number(event.drift)
+    if event.restarted:
+        yield "optimizer state restarted", ", ".join(f"`{name}`" for name in event.restarted)
+    if event.seconds:
+        yield "seconds", ", ".join(f"{stage} {value:.2f}" for stage, value in event.seconds.items())
+
+
+def _measured(item: tuple[str, LayerGeometry]) -> tuple[str, ...]:
+    name, geometry = item
+    numbers, shares = _summary(geometry), geometry.shares
+    values = [_number(numbers[key]) for key in ("min_eigenvalue", "max_eigenvalue", "coupling", "escape")]
+    signs = ", ".join(f"{share:.0%} {sign}" for sign, share in shares.items() if share)
+    return f"`{name}`", str(len(geometry.min_eigenvalue)), *values, signs
+
+
+def _move(move: Split | Sprout) -> tuple[str, ...]:
+    neuron, coefficients = "new", "sprout"
+    if isinstance(move, Split):
+        neuron, coefficients = str(move.neuron), ", ".join(map(_number, move.coefficients))
+    return f"`{move.layer}`", neuron, coefficients, _number(move.predicted_decrease), _words(move.reason)
+
+
+def _number(value: float) -> str:
+    return "not known" if math.isnan(value) else f"{value:.3g}".replace("-", "−")
+
+
+def _words(text: str) -> str:
+    """Text that neither ends a table cell or a sentence nor starts formatting."""
+    return re.sub(r"([|*_])", r"\\\1", text.rstrip(".")).replace("\n", " ")
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in [heads, ["---"] * len(heads), *rows])

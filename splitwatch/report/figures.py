@@ -31,6 +31,7 @@ KINDS: Final = {  # colours told apart in every common kind of colour vision
     "not_stationary": ("#F4F4F4", "not stationary"),
 }
 WIDE: Final = 50.0  # largest over median eigenvalue from which a spectrum is drawn on a logarithmic scale
+NAMED: Final = 40  # a layer with more neurons than this has them ranked, not numbered
 SURE: Final = "two +, one −: saddle for any inner Hessian"
 
 
@@ -103,11 +104,11 @@ def plateau_figure(
 def spectrum_figure(geometry: LayerGeometry) -> Figure:
     """Both ends of every neuron's inner Hessian with held-out intervals, and the coupling; neurons sorted by the lower.
 
-    A point is filled where the held-out half confirms its sign. A spectrum over many decades is drawn on a scale that is
+    A point is filled where the held-out half confirms its sign. The scale of a spectrum over many decades is
     logarithmic beyond the median size.
     """
     order = _numbers(geometry.min_eigenvalue).argsort()
-    figure = _figure(f"{geometry.layer}: inner Hessians of {len(order)} neurons")
+    figure = _figure(f"layer {geometry.layer}: inner Hessians of its {len(order)} neurons")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
     place, size = range(len(order)), max(2.5, min(5.0, 300 / (1 + len(order))))
     ends = [_numbers(end)[order] for end in (geometry.min_eigenvalue, geometry.max_eigenvalue)]
@@ -130,8 +131,10 @@ def spectrum_figure(geometry: LayerGeometry) -> Figure:
     top.axhline(0, color=INK, lw=0.8)
     bottom.bar(place, _numbers(geometry.coupling_norm)[order].tolist(), width=0.7, color=ESCAPE)
     bottom.margins(x=0.01)
+    if len(order) <= NAMED:
+        bottom.set_xticks(place, order.tolist())
     _dress(top, "", "curvature")
-    _dress(bottom, "neurons, by lowest eigenvalue", "coupling")
+    _dress(bottom, f"{'neuron' if len(order) <= NAMED else 'rank'}, by lowest eigenvalue", "coupling")
     figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return figure
 
@@ -153,8 +156,9 @@ def line_search_figure(plan: GrowthPlan) -> Figure:
     floor, roof = (-0.6 * best, 1.5 * best) if best > 0 else (-2 * size, 0.5 * size)
     for reverse, style in ((False, "o-"), (True, "s--")):
         x, y = _columns([(x, max(y, 2 * floor)) for x, y, sign in tried if sign == reverse])
-        label = "fitted half" + (", offsets reversed" if reverse else "")
-        axes.plot(x, y, style, color=LOW, ms=4, lw=1.2, **({"label": label} if x else {}))
+        if x:
+            label = "fitted half" + (", offsets reversed" if reverse else "")
+            axes.plot(x, y, style, color=LOW, ms=4, lw=1.2, label=label)
     below = [x for x, y, _ in tried if y < floor]
     if below:
         axes.plot(below, [floor * 0.93] * len(below), "v", color=LOW, mfc="white", ms=6, label="lower, off the picture")
@@ -208,11 +212,11 @@ def _shade_three(axes: Axes, theory: _Theory, reach: float) -> set[str]:
         hatch = "////" if words.count("+") == 2 else None
         colour = KINDS[kind][0]
         axes.add_patch(Polygon(corners, fc=colour, alpha=0.6, ec="white", hatch=hatch, lw=0, gid=f"{words} {kind}"))
-        place = [sum(axis) / len(axis) for axis in _columns(corners)]
+        x, y = (sum(axis) / len(axis) for axis in _columns(corners))
         lift = 14 if len(corners) == 5 else 0  # (1, 1, −1) is often chosen, and marked
         box = {"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.75}
         look = {"ha": "center", "va": "center", "fontsize": 9, "color": INK, "bbox": box}
-        axes.annotate(words, place, (0, lift), textcoords="offset points", **look)
+        axes.annotate(words, (x, y), (0, lift), textcoords="offset points", **look)
         seen.add(kind)
     for line in ([(0, near), (0, far)], [(near, 0), (far, 0)], [(near, far), (far, near)]):
         axes.plot(*_columns(line), color="white", lw=1)
@@ -225,8 +229,8 @@ def _shade_three(axes: Axes, theory: _Theory, reach: float) -> set[str]:
 def _curves(axes: Axes, reach: float, ends: Sequence[float], bars: Sequence[Sequence[float] | None], g: float) -> None:
     """Curvatures κ(t) λ_min and κ(t) λ_max; with a coupling, the band that holds the lowest curvature.
 
-    The latter is the lowest eigenvalue of [[κ S, γ Gᵀ], [γ G, 0]], hence between those of [[κ λ, γ g], [γ g, 0]] for the
-    two ends λ of S, where g = |G| and γ = 1 / √(2 (t² + (1−t)²)); nor is it above the lowest κ λ.
+    The latter is the lowest eigenvalue of [[κ S, γ Gᵀ], [γ G, 0]], hence between those of [[κ λ, γ g], [γ g, 0]] for
+    the two ends λ of S, where g = |G| and γ = 1 / √(2 (t² + (1−t)²)); nor is it above the lowest κ λ.
     """
     t = torch.linspace(1 - reach, reach, 301, dtype=torch.float64)
     square = t**2 + (1 - t) ** 2
@@ -236,7 +240,8 @@ def _curves(axes: Axes, reach: float, ends: Sequence[float], bars: Sequence[Sequ
     band = "held-out interval"
     for curve, bar, style, label in zip(curves, bars, ("-", "--"), labels, strict=True):
         if bar is not None and all(map(math.isfinite, bar)):
-            axes.fill_between(x, *((kappa * end).tolist() for end in bar), color=INK, alpha=0.16, lw=0, label=band)
+            low, high = ((kappa * end).tolist() for end in bar)
+            axes.fill_between(x, low, high, color=INK, alpha=0.16, lw=0, label=band)
             band = ""
         axes.plot(x, curve.tolist(), style, color=INK, lw=1.8, label=label)
     axes.axhline(0, color=INK, lw=0.6)
