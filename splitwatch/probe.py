@@ -130,8 +130,10 @@ class Probe:
         """The loss of one batch with the tape of how it was computed, in eval mode, autograd graph kept.
 
         Raises:
-            SplitWatchError: the loss is not a finite scalar, or depends on no parameter.
+            SplitWatchError: the loss is not a finite scalar, or depends on no parameter; or inference mode is on.
         """
+        if torch.is_inference_mode_enabled():
+            raise SplitWatchError("probe: required autograd, found torch.inference_mode(); measure outside of it")
         tape = Tape()
         with undisturbed(model), torch.enable_grad(), torch.compiler.set_stance("force_eager"), tape:
             loss = self.loss_fn(model, batch)

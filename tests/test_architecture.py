@@ -119,7 +119,7 @@ def test_files_are_short_enough_to_read(path):
 
 
 def test_the_package_alone_loads_no_heavy_library():
-    """Nothing but what its core dependency torchmetrics loads by itself (it imports matplotlib where it is installed)."""
+    """Nothing but what its dependency torchmetrics loads by itself: that imports matplotlib where it is installed."""
     heavy = ("pytorch_lightning", "lightning", "tensorboard", "matplotlib")
     code = f"""
 import sys, torchmetrics

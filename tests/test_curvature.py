@@ -226,6 +226,31 @@ def test_quotients_are_those_of_each_sample():
     assert_close(curvature.quotients(u), expected)
 
 
+@pytest.mark.parametrize("length", [3, 5, 10])
+def test_means_are_right_where_the_first_axis_is_not_the_sample(length):
+    """A sequence-first network: what cannot be told apart by sample is at least averaged right."""
+
+    class SequenceFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = two_layers(3, 4, 2)
+
+        def forward(self, x):
+            return self.net(x.transpose(0, 1)).mean(0)
+
+    model, generator = SequenceFirst(), torch.Generator().manual_seed(0)
+    shapes = [(n, length, 3) for n in (4, 5)]
+    batches = [
+        (torch.randn(*shape, generator=generator).double(), torch.zeros(shape[0], 2).double()) for shape in shapes
+    ]
+    probe = Probe(batches, mse)
+    u = torch.randn(4, 4, dtype=torch.float64, generator=generator)
+    for half in ("fitted", "held_out"):
+        s = inner_hessian(model, "net.0", probe, half=half)
+        quotients = layer_curvature(model, "net.0", probe, half).quotients(u)
+        assert_close(quotients.mean(0), torch.einsum("ri,rij,rj->r", u, s, u))
+
+
 # --- what measure_geometry says --------------------------------------------------------------------------------------
 
 

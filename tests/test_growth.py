@@ -505,13 +505,10 @@ def test_dead_neurons_leave_the_loss_trajectory_as_it_was(name, kind, dtype):
     assert straight[-1] != straight[0]
 
 
-STALE = pytest.mark.xfail(reason="L-BFGS keeps directions of the old size unless its first parameter grew", strict=True)
 OWNERS = [(name, grown) for name in [*OPTIMIZERS, "LBFGS"] for grown in (None, "0", "2")]
 
 
-@pytest.mark.parametrize(
-    ("name", "grown"), [pytest.param(*owner, marks=STALE) if owner == ("LBFGS", "2") else owner for owner in OWNERS]
-)
+@pytest.mark.parametrize(("name", "grown"), OWNERS)
 def test_optimizers_own_exactly_the_live_parameters_and_train_on(name, grown):
     model, batches = mlp(), data(6, 6)
     make = OPTIMIZERS.get(name, lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3))
@@ -597,10 +594,9 @@ STILL = {
     "Adamax": lambda p: torch.optim.Adamax(p, lr=0.0, eps=0.0),
     "Adadelta": lambda p: torch.optim.Adadelta(p, lr=0.0, eps=1e-30),
 }
-UNSCALED = pytest.mark.xfail(reason="momentum of normalised gradients is scaled by the coefficient", strict=True)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=UNSCALED) if n == "RMSprop+momentum" else n for n in STILL])
+@pytest.mark.parametrize("name", STILL)
 def test_state_is_that_of_a_network_that_had_the_copies_from_the_start(name):
     """With a step size of zero both networks see the same gradients, so their states obey the identities exactly."""
     narrow, batches = mlp(), data(6, 5, 7, 6)

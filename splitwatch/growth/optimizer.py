@@ -7,30 +7,42 @@ scales with the gain, one that is quadratic with its square.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer, RMSprop
 
 from splitwatch.growth.surgery import Replacement
 
-GRADIENT_POWER = {
-    "momentum_buffer": 1,
-    "exp_avg": 1,
-    "prev": 1,
-    "grad_avg": 1,
-    "exp_avg_sq": 2,
-    "max_exp_avg_sq": 2,
-    "square_avg": 2,
-    "sum": 2,
-}
-"""How often past gradients enter a state; states not listed are carried unscaled."""
+Scale = Callable[[Tensor], Tensor]
 
-_ABSOLUTE = {"exp_inf": 1}
-"""States that hold absolute values of gradients."""
+LINEAR: Scale = lambda gain: gain  # noqa: E731
+SQUARE: Scale = torch.square
+ABSOLUTE: Scale = torch.abs
+SIGN: Scale = torch.sign
+NONE: Scale = torch.ones_like
+
+STATES: dict[str, Scale] = {
+    "momentum_buffer": LINEAR,
+    "exp_avg": LINEAR,
+    "prev": LINEAR,
+    "grad_avg": LINEAR,
+    "exp_avg_sq": SQUARE,
+    "max_exp_avg_sq": SQUARE,
+    "square_avg": SQUARE,
+    "sum": SQUARE,
+    "exp_inf": ABSOLUTE,
+}
+"""How a state follows the gain of past gradients; states not listed do not."""
+
+_NORMALISED: dict[tuple[type[Optimizer], str], Scale] = {(RMSprop, "momentum_buffer"): SIGN}
+"""States that hold gradients divided by their own size."""
+
+_VALUES = {"ax"}
+"""States that average the parameter itself."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,15 +92,18 @@ def exchange(optimizer: Optimizer, replacements: Iterable[Replacement]) -> Excha
                 continue
             parameters.append((group, position, old, item.new))
             if old in optimizer.state:
-                states.append((old, item.new, _carried(optimizer.state[old], item)))
+                states.append((old, item.new, _carried(optimizer, optimizer.state[old], item)))
+    if parameters and isinstance(optimizer, LBFGS):  # one flat history over all parameters, kept with the first
+        new = {id(old): new for _, _, old, new in parameters}
+        states = [(old, new.get(id(old), old), None) for old in optimizer.state]
     return Exchange(optimizer, tuple(parameters), tuple(states))
 
 
-def _carried(state: dict[str, Any], item: Replacement) -> dict[str, Any] | None:
+def _carried(optimizer: Optimizer, state: dict[str, Any], item: Replacement) -> dict[str, Any] | None:
     carried = {}
     for key, value in state.items():
         if isinstance(value, Tensor) and value.ndim and value.shape == item.old.shape:
-            carried[key] = _carry(key, value, item)
+            carried[key] = _carry(optimizer, key, value, item)
         elif isinstance(value, Tensor) and value.numel() > 1:
             return None
         else:
@@ -96,7 +111,10 @@ def _carried(state: dict[str, Any], item: Replacement) -> dict[str, Any] | None:
     return carried
 
 
-def _carry(key: str, value: Tensor, item: Replacement) -> Tensor:
-    carried = item.carry(value, GRADIENT_POWER.get(key, _ABSOLUTE.get(key, 0)))
-    carried = carried.abs() if key in _ABSOLUTE else carried
+def _carry(optimizer: Optimizer, key: str, value: Tensor, item: Replacement) -> Tensor:
+    if key in _VALUES:
+        carried = item.carry_value(value)
+    else:
+        scale = _NORMALISED.get((type(optimizer), key)) or STATES.get(key, NONE)
+        carried = item.carry_gradient(value, scale)
     return carried.to(dtype=value.dtype, memory_format=torch.preserve_format)

@@ -6,7 +6,7 @@ holds an entry per neuron (weights, biases, BatchNorm statistics, gradients, opt
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,19 +21,26 @@ from splitwatch.records import GrowthPlan
 class Replacement:
     """One tensor of one module and what takes its place.
 
-    ``maps`` lead from old to new entries, each with the factor that gradients in a new entry have against its source.
+    ``maps`` lead from old to new entries, each with the factors that gradients and values in a new entry have against
+    its source: ∂L/∂w_j = λ_j ∂L/∂w and w_j = w for rows, ∂L/∂v_j = ∂L/∂v and v_j = λ_j v for columns.
     """
 
     module: nn.Module
     attribute: str
     old: Tensor
     new: Tensor
-    maps: tuple[tuple[IndexMap, Tensor], ...]
+    maps: tuple[tuple[IndexMap, Tensor, Tensor], ...]
 
-    def carry(self, tensor: Tensor, power: int = 0) -> Tensor:
-        """A tensor of the old shape (a gradient, an optimizer state) in the new one, scaled by gain ** power."""
-        for index, gain in self.maps:
-            tensor = index(tensor, gain**power)
+    def carry_gradient(self, tensor: Tensor, scale: Callable[[Tensor], Tensor] = lambda gain: gain) -> Tensor:
+        """A gradient of the old shape, or what an optimizer made of past ones, in the new shape."""
+        for index, gradient, _ in self.maps:
+            tensor = index(tensor, scale(gradient))
+        return tensor
+
+    def carry_value(self, tensor: Tensor) -> Tensor:
+        """An average of the parameter's values of the old shape in the new shape."""
+        for index, _, value in self.maps:
+            tensor = index(tensor, value)
         return tensor
 
 
@@ -122,13 +129,14 @@ class _Edit:
         for edit in (self, *self.then):
             new = edit._rows(new, offsets) if edit.index.axis == 0 else edit._columns(new, offsets, seen)
             seen = edit.index if edit.index.axis == 0 else seen
-        maps = tuple((edit.index, edit._gradient_gain()) for edit in (self, *self.then))
+        maps = tuple((edit.index, *edit._gains()) for edit in (self, *self.then))
         replacement = Replacement(self.module, self.attribute, old, new, maps)
         return replace(replacement, new=_parameter_like(replacement)) if isinstance(old, nn.Parameter) else replacement
 
-    def _gradient_gain(self) -> Tensor:
-        """∂L/∂w_j = λ_j ∂L/∂w for rows, ∂L/∂v_j = ∂L/∂v for columns."""
-        return self.gain if self.index.axis == 0 else torch.ones_like(self.gain)
+    def _gains(self) -> tuple[Tensor, Tensor]:
+        """Factors of gradients and of values."""
+        ones = torch.ones_like(self.gain)
+        return (self.gain, ones) if self.index.axis == 0 else (ones, self.gain)
 
     def _rows(self, tensor: Tensor, offsets: bool) -> Tensor:
         new = self.index(tensor, default=self.default)
@@ -203,5 +211,5 @@ def _parameter_like(replacement: Replacement) -> nn.Parameter:
     new = nn.Parameter(replacement.new, requires_grad=old.requires_grad)
     vars(new).update(vars(old))
     if old.grad is not None:
-        new.grad = replacement.carry(old.grad, power=1)
+        new.grad = replacement.carry_gradient(old.grad)
     return new

@@ -16,7 +16,8 @@ from splitwatch.growth.checkpoint import make_growable
 from splitwatch.growth.policy import GrowthPolicy
 from splitwatch.probe import LossFunction, Probe
 from splitwatch.records import GrowthEvent, SplitWatchError
-from splitwatch.report.board import TensorBoardSink, event_scalars
+from splitwatch.report.board import TensorBoardSink
+from splitwatch.report.scalars import event_scalars, size_scalars
 
 
 class SplitWatch(pl.Callback):
@@ -112,6 +113,8 @@ class SplitWatch(pl.Callback):
         """Scalars to every logger, figures and texts to those whose experiment can show them."""
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
         for logger in trainer.loggers:
+            if event.grown:
+                logger.log_metrics(size_scalars(event, before=True), step=step - 1)
             logger.log_metrics(event_scalars(event), step=step)
             experiment = getattr(logger, "experiment", None)
             if hasattr(experiment, "add_histogram"):

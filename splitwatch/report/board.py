@@ -6,49 +6,23 @@ images=200,text=200``; by default it keeps ten of each.
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
 
-from splitwatch.records import GrowthEvent, LayerGeometry, Split, Sprout
+from splitwatch.records import GrowthEvent, LayerGeometry, Split
+from splitwatch.report.page import event_markdown
+from splitwatch.report.scalars import ROOT, event_scalars, size_scalars
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ROOT: Final = "splitwatch"
 EVENT_TAG: Final = f"{ROOT}/event"
 FIGURES: Final = 8  # layers that are drawn at one event; a figure takes a third of a second
-LISTED: Final = 40  # moves listed one by one in the text
-CERTAINTY: Final = {"moving": 0.0, "suspected": 0.5, "undecided": 0.5, "stationary": 1.0}
-
-
-def event_scalars(event: GrowthEvent) -> dict[str, float]:
-    """The numbers of an event by tag; those that are not known (nan) are left out.
-
-    Eigenvalues are the extremes over a layer's neurons, ``min_eigenvalue_low``, ``_median`` and ``_high`` the 5 %, 50 %
-    and 95 % quantiles of the lower ends; ``growth/realised_decrease`` is held out, ``growth/realised_fitted`` is not.
-    """
-    plan, scalars = event.plan, {"growth/parameters": float(event.parameters[1])}
-    if event.verdict is not None:
-        fields = ("trend", "trend_error", "gradient_norm", "gradient_bound", "noise")
-        scalars |= {f"stationarity/{name}": getattr(event.verdict, name) for name in fields}
-        scalars["stationarity/stationary"] = CERTAINTY.get(event.verdict.kind, math.nan)
-    for name, geometry in event.geometry.items():
-        scalars |= {f"geometry/{name}/{key}": value for key, value in _summary(geometry).items()}
-    scalars |= {f"width/{name}": float(after) for name, (_, after) in event.widths.items()}
-    if plan:
-        scalars["growth/predicted_decrease"] = plan.predicted_decrease
-    scalars["growth/realised_decrease"] = event.realised_held_out
-    scalars["growth/realised_fitted"] = event.realised_fitted
-    scalars["growth/drift"] = event.drift
-    if event.seconds:
-        scalars["growth/seconds"] = sum(event.seconds.values())
-    return {f"{ROOT}/{tag}": value for tag, value in scalars.items() if not math.isnan(value)}
 
 
 def log_geometry(
@@ -87,8 +61,10 @@ def log_event(
     """
     step = event.step if step is None else step
     if scalars and hasattr(writer, "add_scalar"):
-        for tag, value in event_scalars(event).items():
-            writer.add_scalar(tag, value, step)
+        sizes = size_scalars(event, before=True).items() if event.grown else ()
+        for place, items in ((step - 1, sizes), (step, event_scalars(event).items())):
+            for tag, value in items:
+                writer.add_scalar(tag, value, place)
     if hasattr(writer, "add_text"):
         writer.add_text(EVENT_TAG, event_markdown(event), step)
     log_geometry(writer, event.geometry, step, figures=figures)
@@ -98,31 +74,6 @@ def log_event(
         _figure(writer, f"{ROOT}/plateau/{name}", step, lambda name=name: best_plateau(event, name))
     if event.plan.line_search:
         _figure(writer, f"{ROOT}/line_search", step, lambda: line_search_figure(event.plan))
-
-
-def event_markdown(event: GrowthEvent) -> str:
-    """A page on an event: the decision and why, what came of it, what was measured, the moves, the plateaus."""
-    moves = event.plan.moves
-    headline = f"grew by {sum(move.added for move in moves)} neurons" if event.grown else "measured, not grown"
-    parts = [f"## Step {event.step}: {headline}", f"**Decision:** {_words(event.plan.reason)}."]
-    if event.verdict is not None:
-        parts.append(
-            f"**Verdict:** {event.verdict.kind}: {_words(event.verdict.reason)}; loss {event.verdict.loss:.6g}."
-        )
-    parts += ["### Size", _table(("", "before", "after"), _sizes(event))]
-    outcome = list(_outcome(event))
-    parts += ["### Outcome", _table(("quantity", "value"), outcome)] if outcome else []
-    if event.geometry:
-        heads = ("layer", "neurons", "lowest", "highest", "coupling (median)", "lowest escape", "confirmed curvature")
-        parts += ["### Curvature", _table(heads, map(_measured, event.geometry.items()))]
-    if moves:
-        heads = ("layer", "neuron", "coefficients", "predicted decrease", "why")
-        more = [f"… and {len(moves) - LISTED} more."] if len(moves) > LISTED else []
-        parts += ["### Moves", _table(heads, map(_move, moves[:LISTED])), *more]
-    if event.plateaus:
-        rows = ((name, item.kind.replace("_", " "), _words(item.reason)) for name, item in event.plateaus.items())
-        parts += ["### Plateaus", _table(("split", "kind", "why"), rows)]
-    return "\n\n".join(parts) + "\n"
 
 
 def best_plateau(event: GrowthEvent, layer: str) -> Figure:
@@ -221,19 +172,6 @@ def _pages(runs: Any, run: str) -> Iterator[tuple[int, str]]:
             yield item.step, item.tensor_proto.string_val[0].decode()
 
 
-def _summary(geometry: LayerGeometry) -> dict[str, float]:
-    lower = geometry.min_eigenvalue.detach().double().cpu()
-    quantiles = lower.quantile(lower.new_tensor([0.05, 0.5, 0.95])).tolist()
-    return {
-        **{f"share_{name}": value for name, value in geometry.shares.items()},
-        **dict(zip(("min_eigenvalue_low", "min_eigenvalue_median", "min_eigenvalue_high"), quantiles, strict=True)),
-        "min_eigenvalue": float(lower.min()),
-        "max_eigenvalue": float(geometry.max_eigenvalue.max()),
-        "coupling": float(geometry.coupling_norm.median()),
-        "escape": float(geometry.escape_eigenvalue.min()),
-    }
-
-
 def _lowest(layers: Mapping[str, LayerGeometry], count: int) -> list[str]:
     """Names of the layers whose best escapes are lowest, in the layers' own order."""
     chosen = sorted(layers, key=lambda name: float(layers[name].escape_eigenvalue.min()))[:count]
@@ -255,55 +193,3 @@ def _histogram(writer: Any, tag: str, values: Tensor, step: int) -> None:
 def _figure(writer: Any, tag: str, step: int, draw: Callable[[], Figure]) -> None:
     if hasattr(writer, "add_figure"):
         writer.add_figure(tag, draw(), step)
-
-
-def _sizes(event: GrowthEvent) -> Iterator[tuple[str, ...]]:
-    widths = {f"width of `{name}`": sizes for name, sizes in event.widths.items()}
-    for name, sizes in {**widths, "parameters": event.parameters}.items():
-        before, after = (f"{size:,}" for size in sizes)
-        yield name, before, after if after == before else f"**{after}**"
-
-
-def _outcome(event: GrowthEvent) -> Iterator[tuple[str, str]]:
-    plan = event.plan
-    if plan:
-        yield "offset, relative to the neurons' weights", f"{plan.offset:g}"
-        yield "decrease predicted (second order)", _number(plan.predicted_decrease)
-        yield "decrease found by the line search, fitted half", _number(plan.fitted_decrease)
-        yield "decrease found by the line search, held-out half", _number(plan.held_out_decrease)
-    if event.grown:
-        yield "decrease realised, fitted half", _number(event.realised_fitted)
-        yield "decrease realised, held-out half", f"**{_number(event.realised_held_out)}**"
-        yield "output drift at zero offset", _number(event.drift)
-    if event.restarted:
-        yield "optimizer state restarted", ", ".join(f"`{name}`" for name in event.restarted)
-    if event.seconds:
-        yield "seconds", ", ".join(f"{stage} {value:.2f}" for stage, value in event.seconds.items())
-
-
-def _measured(item: tuple[str, LayerGeometry]) -> tuple[str, ...]:
-    name, geometry = item
-    numbers, shares = _summary(geometry), geometry.shares
-    values = [_number(numbers[key]) for key in ("min_eigenvalue", "max_eigenvalue", "coupling", "escape")]
-    signs = ", ".join(f"{share:.0%} {sign}" for sign, share in shares.items() if share)
-    return f"`{name}`", str(len(geometry.min_eigenvalue)), *values, signs
-
-
-def _move(move: Split | Sprout) -> tuple[str, ...]:
-    neuron, coefficients = "new", "sprout"
-    if isinstance(move, Split):
-        neuron, coefficients = str(move.neuron), ", ".join(map(_number, move.coefficients))
-    return f"`{move.layer}`", neuron, coefficients, _number(move.predicted_decrease), _words(move.reason)
-
-
-def _number(value: float) -> str:
-    return "not known" if math.isnan(value) else f"{value:.3g}".replace("-", "−")
-
-
-def _words(text: str) -> str:
-    """Text that neither ends a table cell or a sentence nor starts formatting."""
-    return re.sub(r"([|*_])", r"\\\1", text.rstrip(".")).replace("\n", " ")
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in [heads, ["---"] * len(heads), *rows])
