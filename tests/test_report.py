@@ -29,6 +29,7 @@ from splitwatch.report.board import (
     read_events,
 )
 from splitwatch.report.figures import line_search_figure, plateau_figure, spectrum_figure
+from splitwatch.report.scalars import size_scalars
 
 NEURONS = 12
 
@@ -134,8 +135,10 @@ def test_tensorboard_reads_back_what_was_logged(logged):
     tags = logged.Tags()
     assert set(event_scalars(grown_event())) == set(tags["scalars"])
     for tag, value in event_scalars(grown_event()).items():
-        (item,) = logged.Scalars(tag)
+        *before, item = logged.Scalars(tag)
         assert (item.step, item.value) == (120, pytest.approx(value))
+        expected = size_scalars(grown_event(), before=True)
+        assert [(b.step, b.value) for b in before] == ([(119, expected[tag])] if tag in expected else [])
     ends = {f"splitwatch/{end}_eigenvalue/{name}" for end in ("min", "max", "escape") for name in ("net.0", "net.2")}
     assert set(tags["histograms"]) == ends
     assert [(item.step, item.histogram_value.num) for item in logged.Histograms("splitwatch/min_eigenvalue/net.0")] == [

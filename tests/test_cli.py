@@ -1,0 +1,76 @@
+"""The command line, as a newcomer would use it."""
+
+import pytest
+import torch
+from torch import nn
+
+from splitwatch import GrowthPolicy, Probe, grow, measure_geometry, plan_growth
+from splitwatch.cli import main
+
+MODEL = """
+import torch
+from torch import nn
+from splitwatch import Probe
+
+def build():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.LayerNorm(4), nn.GELU(), nn.Linear(4, 1))
+    x = torch.randn(16, 3)
+    return model, Probe([x[:8], x[8:]], lambda model, x: model(x).square().mean())
+"""
+
+
+def test_inspect_prints_what_can_be_widened_and_why_the_rest_cannot(tmp_path, monkeypatch, capsys):
+    (tmp_path / "cli_model.py").write_text(MODEL)
+    monkeypatch.chdir(tmp_path)
+    assert main(["inspect", "cli_model:build"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "yes" in printed
+    assert "layer_norm" in printed
+    assert "output layer" in printed
+
+
+def test_inspect_prints_how_a_checkpoint_grew(tmp_path, capsys):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2))
+    x = torch.randn(200, 3)
+    y = torch.stack([x[:, 0] * x[:, 1], x[:, 2].sin()], 1)
+    probe = Probe([(x[:100], y[:100]), (x[100:], y[100:])], lambda m, b: (m(b[0]) - b[1]).square().mean())
+    plan = plan_growth(model, measure_geometry(model, probe), probe, GrowthPolicy(max_neurons=1))
+    assert plan
+    grow(model, plan, probe=probe)
+    torch.save(model.state_dict(), tmp_path / "grown.pt")
+    assert main(["inspect", str(tmp_path / "grown.pt")]) == 0
+    assert "2 → 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["inspect", "nothing.pt"], "existing file"),
+        (["inspect", "no_such_module:build"], "package.module:function"),
+        (["report", "no_such_folder"], "logdir"),
+    ],
+)
+def test_bad_arguments_end_in_one_sentence(arguments, words, capsys):
+    assert main(arguments) == 1
+    assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_bench_prints_costs_in_training_steps(capsys):
+    assert main(["bench", "--width", "16"]) == 0
+    assert "inner Hessian product" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:.*treespec.*")
+def test_the_demonstration_ends_with_the_widened_network_ahead(tmp_path, capsys):
+    from splitwatch.lightning.demo import run
+
+    scores = run(tmp_path)
+    after = {name.split(": ")[1]: row for name, row in scores.items() if ": " in name}
+    assert after["splitwatch"].train_loss < after["naive duplication"].train_loss < after["no growth"].train_loss
+    assert after["splitwatch"].loss < after["naive duplication"].loss
+    assert scores["at growth"].train_loss < scores["before growth"].train_loss
+    assert main(["report", str(tmp_path)]) == 0
+    assert "grew by" in capsys.readouterr().out
