@@ -8,11 +8,11 @@ import sys
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
-from splitwatch.report.board import TensorBoardSink
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from splitwatch import Grower, GrowthPolicy, Probe, find_hidden_layers
+from splitwatch.report.board import TensorBoardSink
 
 
 def build():

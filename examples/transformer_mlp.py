@@ -9,11 +9,11 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from splitwatch.report.board import TensorBoardSink
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from splitwatch import Grower, GrowthPolicy
+from splitwatch.report.board import TensorBoardSink
 
 CONTEXT = 32
 

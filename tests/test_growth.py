@@ -916,3 +916,12 @@ def test_equal_coefficients_alone_find_no_way_down_there():
     plan = plan_growth(model, measure_geometry(model, probe), probe, GrowthPolicy(coefficients="equal"))
     assert not plan
     assert "growth would not help here" in plan.reason
+
+
+@pytest.mark.parametrize("limit", [90, 120, 150, 200])
+def test_a_budget_of_parameters_is_never_exceeded_by_neighbours_that_grow_together(limit):
+    model, probe = ZOO["mlp"].make()
+    geometry = measure_geometry(model, probe)
+    plan = plan_growth(model, geometry, probe, GrowthPolicy(max_parameters=limit, max_ratio=None))
+    event = grow(model, plan, probe=probe)
+    assert event.parameters[1] == sum(p.numel() for p in model.parameters()) <= limit

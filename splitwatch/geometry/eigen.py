@@ -169,7 +169,7 @@ class _Ritz:
     def __init__(self, m: int, limit: int, threshold: float) -> None:
         self.alpha, self.beta = torch.zeros(2, m, limit, dtype=torch.float64)
         self.coefficients = torch.zeros(m, 2, limit, dtype=torch.float64)  # of the Ritz vectors in the basis
-        self.live, self.exhausted = torch.full((m,), True), torch.full((m,), False)
+        self.live, self.exhausted, self.passed = torch.full((m,), True), *torch.full((2, m), False)
         self.threshold = threshold
 
     def extend(self, j: int, alpha: Tensor, beta: Tensor, invariant: Tensor, due: bool) -> None:
@@ -184,7 +184,10 @@ class _Ritz:
         residual = self.beta[rows, j - 1, None] * ends[:, :, -1].abs()
         reached = (residual <= self.threshold * values.abs().amax(dim=1, keepdim=True)).all(dim=1)
         self.coefficients[rows, :, :j] = ends
-        self.live[rows] = ~(reached | invariant[rows])
+        # A residual proves that an eigenvalue is near, not that it is the extreme one: a row has to pass twice, with
+        # the steps in between left to turn up something lower or higher.
+        self.live[rows] = ~(reached & self.passed[rows] | invariant[rows])
+        self.passed[rows] = reached
 
 
 def _measured(u: Tensor, images: Tensor, exhausted: Tensor, scaled: _Scaled, tolerance: float) -> ExtremeEigenpairs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -72,10 +73,10 @@ def plan_growth(
             break
     if not confirmed:
         return GrowthPlan(layers, (), _why_none(candidates))
-    chosen = _within_budget(confirmed, count_parameters(model), policy)
-    if not chosen:
+    moves = _within_budget(model, layers, confirmed, policy)
+    if not moves:
         return GrowthPlan(layers, (), "the budget allows no new neuron")
-    plan = GrowthPlan(layers, tuple(item.move for item in chosen), f"{len(chosen)} of {len(candidates)} neurons split")
+    plan = GrowthPlan(layers, moves, f"{len(moves)} of {len(candidates)} neurons split")
     return _with_offset(model, plan, probe)
 
 
@@ -187,16 +188,27 @@ def _why_none(candidates: Sequence[Candidate]) -> str:
     return "growth would not help here: no neuron has a direction in which its copies could descend"
 
 
-def _within_budget(candidates: Sequence[Candidate], parameters: int, policy: GrowthPolicy) -> list[Candidate]:
+def _within_budget(
+    model: nn.Module, layers: tuple[HiddenLayer, ...], candidates: Sequence[Candidate], policy: GrowthPolicy
+) -> tuple[Split, ...]:
+    """The best candidates that the budgets allow, by predicted decrease per parameter."""
+    parameters = count_parameters(model)
     limits = [policy.max_parameters, None if policy.max_ratio is None else policy.max_ratio * parameters]
-    room = min((limit - parameters for limit in limits if limit is not None), default=float("inf"))
-    neurons = float("inf") if policy.max_neurons is None else policy.max_neurons
-    chosen = []
+    limit = min((limit for limit in limits if limit is not None), default=float("inf"))
+    room, neurons = limit - parameters, float("inf") if policy.max_neurons is None else policy.max_neurons
+    chosen: list[Split] = []
     for item in sorted(candidates, key=lambda item: -item.score):
         if item.cost <= room and item.move.added <= neurons:
-            chosen.append(item)
+            chosen.append(item.move)
             room, neurons = room - item.cost, neurons - item.move.added
-    return chosen
+
+    def exceeds(count: int) -> bool:
+        """Whether the first moves are too many: neighbours that grow together cost more than each alone."""
+        with widened(model, GrowthPlan(layers, tuple(chosen[:count]), "")):
+            return count_parameters(model) > limit
+
+    allowed = bisect_left(range(1, len(chosen) + 1), True, key=exceeds)
+    return tuple(chosen[:allowed])
 
 
 def _with_offset(model: nn.Module, plan: GrowthPlan, probe: Probe) -> GrowthPlan:
