@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from splitwatch.geometry.curvature import coupling, inner_hessian
+from splitwatch.geometry.escape import directional_stationarity, escape_neurons
 from splitwatch.geometry.measure import measure_geometry
 from splitwatch.geometry.plateau import classify_split
 from splitwatch.grower import Grower
 from splitwatch.growth.checkpoint import load_grown, make_growable
+from splitwatch.growth.embedding import critical_embedding, critical_reduction
 from splitwatch.growth.grow import grow
 from splitwatch.growth.plan import plan_growth
 from splitwatch.growth.policy import GrowthPolicy
@@ -58,6 +60,10 @@ __all__ = [
     "UnsupportedLayerError",
     "classify_split",
     "coupling",
+    "critical_embedding",
+    "critical_reduction",
+    "directional_stationarity",
+    "escape_neurons",
     "find_hidden_layers",
     "grow",
     "inner_hessian",
