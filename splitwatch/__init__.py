@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from splitwatch.geometry.curvature import coupling, inner_hessian
 from splitwatch.geometry.escape import directional_stationarity, escape_neurons
 from splitwatch.geometry.measure import measure_geometry
+from splitwatch.geometry.narrow import narrow_verdict
 from splitwatch.geometry.plateau import classify_split
 from splitwatch.grower import Grower
 from splitwatch.growth.checkpoint import load_grown, make_growable
@@ -72,6 +73,7 @@ __all__ = [
     "log_geometry",
     "make_growable",
     "measure_geometry",
+    "narrow_verdict",
     "plan_growth",
 ]
 

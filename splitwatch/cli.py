@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,13 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
     inspect = commands.add_parser("inspect", help="what can be widened in a model, or how a checkpoint grew")
     inspect.add_argument("target", help="a checkpoint file, or package.module:function that returns (model, probe)")
+    inspect.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-6,
+        help="neurons are redundant if their incoming weights agree, or their outgoing weights vanish, up to this "
+        "relative to the larger (default 1e-6; 0 for exact only, 1e-2 for nearly redundant)",
+    )
     inspect.set_defaults(run=_inspect)
     report = commands.add_parser("report", help="the growth events of a TensorBoard log directory")
     report.add_argument("logdir", type=Path)
@@ -57,22 +64,30 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _inspect(options: argparse.Namespace) -> None:
     if ":" in options.target and not Path(options.target).exists():
+        from splitwatch.growth.reduction import redundancy
         from splitwatch.layers import find_hidden_layers
 
-        Console().print(layer_table(find_hidden_layers(*_load(options.target))))
+        model, probe = _load(options.target)
+        layers = find_hidden_layers(model, probe)
+        redundant = redundancy(model, layers, options.tolerance, probe=probe)
+        Console().print(layer_table(layers, redundant, options.tolerance))
     else:
-        Console().print(_history_table(Path(options.target)))
+        Console().print(_history_table(Path(options.target), options.tolerance))
 
 
-def layer_table(layers: Sequence[HiddenLayer]) -> Table:
-    """Every layer with what it can do or why it cannot."""
-    table = Table(title="Hidden layers")
-    for heading in ("layer", "neurons", "can be widened"):
+def layer_table(layers: Sequence[HiddenLayer], redundant: Mapping[str, int], tolerance: float) -> Table:
+    """Every layer with how many of its neurons are redundant, and what it can do or why it cannot."""
+    table = Table(title=f"Hidden layers, {_redundant_at(tolerance)}")
+    for heading in ("layer", "neurons", "redundant", "can be widened"):
         table.add_column(heading)
     for layer in layers:
         words = f"no: {layer.reason}" if layer.reason else "yes: " + str(layer).split(": ", 2)[2]
-        table.add_row(layer.name, str(layer.width or ""), words)
+        table.add_row(layer.name, str(layer.width or ""), str(redundant.get(layer.name, "")), words)
     return table
+
+
+def _redundant_at(tolerance: float) -> str:
+    return f"redundant neurons at relative tolerance {tolerance:g}"
 
 
 def _load(target: str) -> Any:
@@ -86,16 +101,22 @@ def _load(target: str) -> Any:
     return function()
 
 
-def _history_table(path: Path) -> Table:
+def _history_table(path: Path, tolerance: float) -> Table:
     from splitwatch.growth.checkpoint import read_history
+    from splitwatch.growth.stored import stored_redundancy
 
-    history = read_history(path)
-    table = Table(title=f"Growth recorded in {path.name}" if history else f"{path.name} records no growth")
-    for heading in ("layer", "widths", "consumers"):
+    history, redundant = read_history(path), stored_redundancy(path, tolerance)
+    title = (
+        f"Growth recorded in {path.name}, {_redundant_at(tolerance)}" if history else f"{path.name} records no growth"
+    )
+    table = Table(title=title)
+    for heading in ("layer", "widths", "redundant", "consumers"):
         table.add_column(heading)
     for name, entry in history.items():
         consumers = ", ".join(consumer[0] for consumer in entry["consumers"])
-        table.add_row(name, " → ".join(map(str, entry["widths"])), consumers)
+        found = redundant[name]
+        words = "not told by the file" if found is None else str(found)
+        table.add_row(name, " → ".join(map(str, entry["widths"])), words, consumers)
     return table
 
 

@@ -16,6 +16,8 @@ from splitwatch.batches import Batch, batch_size
 from splitwatch.collect import ProbeCollector
 from splitwatch.geometry.diagnose import diagnose_splits
 from splitwatch.geometry.measure import EQUAL, measure_geometry
+from splitwatch.geometry.narrow import NarrowVerdict, narrow_verdict
+from splitwatch.geometry.plateau import Narrow
 from splitwatch.growth.grow import count_parameters, grow
 from splitwatch.growth.plan import plan_growth
 from splitwatch.growth.policy import GrowthPolicy
@@ -34,6 +36,9 @@ from splitwatch.records import (
 from splitwatch.watch.stationarity import StationarityDetector
 
 Sink = Callable[[GrowthEvent], object]
+
+NARROW_LIMIT = 20_000
+"""Parameters up to which the diagnosis looks at the Hessian of the whole network; beyond, it would cost too much."""
 
 
 class Grower:
@@ -168,11 +173,14 @@ class Grower:
             with stages("plan"):
                 plan = plan_growth(self.model, geometry, probe, self.policy)
             with stages("diagnosis"):
-                plateaus = self._plateaus(probe, layers, geometry, plan)
+                narrow = self._narrow(probe)
+                plateaus = self._plateaus(probe, layers, geometry, plan, narrow.kind if narrow else "undecided")
             event = self._grown(plan, probe, stages)
         finally:
             stages.close()
-        return replace(event, verdict=verdict, geometry=geometry, plateaus=plateaus, seconds=stages.seconds)
+        point = f"{narrow.kind.replace('_', ' ')}: {narrow.reason}" if narrow else ""
+        found = {"verdict": verdict, "geometry": geometry, "point": point, "plateaus": plateaus}
+        return replace(event, **found, seconds=stages.seconds)
 
     def _grown(self, plan: GrowthPlan, probe: Probe, stages: _Stages) -> GrowthEvent:
         if plan and not self.monitor_only:
@@ -182,12 +190,18 @@ class Grower:
         parameters = count_parameters(self.model)
         return GrowthEvent(plan, widths, (parameters, parameters))
 
+    def _narrow(self, probe: Probe) -> NarrowVerdict | None:
+        """What the network's own point is, where that is cheap to find out."""
+        cheap = sum(p.numel() for p in self.model.parameters() if p.requires_grad) <= NARROW_LIMIT
+        return narrow_verdict(self.model, probe, tested=True) if cheap else None
+
     def _plateaus(
         self,
         probe: Probe,
         layers: Iterable[HiddenLayer],
         geometry: dict[str, LayerGeometry],
         plan: GrowthPlan,
+        narrow: Narrow,
     ) -> dict[str, PlateauVerdict]:
         """Verdicts on the neuron of each layer that moves first: duplicated, and split as planned."""
         first = {move.layer: move for move in reversed(plan.moves) if isinstance(move, Split)}
@@ -196,7 +210,7 @@ class Grower:
             move = first.get(layer.name)
             neuron = int(geometry[layer.name].escape_eigenvalue.argmin()) if move is None else move.neuron
             wanted = {"duplicated": EQUAL} | ({} if move is None else {"as planned": move.coefficients})
-            found = diagnose_splits(self.model, probe, layer, neuron, wanted.values())
+            found = diagnose_splits(self.model, probe, layer, neuron, wanted.values(), narrow)
             verdicts |= {f"{layer.name}[{neuron}] {how}": v for how, v in zip(wanted, found, strict=True)}
         return verdicts
 

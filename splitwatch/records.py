@@ -246,8 +246,9 @@ class GrowthEvent:
     """What happened at one measurement: verdict, geometry, plan, and, where the network grew, what came of it.
 
     ``drift`` is the relative change of what the widened layers' consumers put out, at zero offset; it and the
-    ``realised_*`` decreases are nan where no probe was given. ``widths`` maps layer to (before, after), ``seconds``
-    stage to time spent. ``step`` is the user's step count.
+    ``realised_*`` decreases are nan where no probe was given. ``point`` says in words what the narrow point itself is,
+    as far as that was looked at; ``plateaus`` what splits of it are. ``widths`` maps layer to (before, after),
+    ``seconds`` stage to time spent. ``step`` is the user's step count.
     """
 
     plan: GrowthPlan
@@ -259,6 +260,7 @@ class GrowthEvent:
     restarted: tuple[str, ...] = ()
     verdict: StationarityVerdict | None = None
     geometry: Mapping[str, LayerGeometry] = field(default_factory=dict)
+    point: str = ""
     plateaus: Mapping[str, PlateauVerdict] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     step: int = 0
@@ -266,6 +268,7 @@ class GrowthEvent:
 
     def __str__(self) -> str:
         rows: dict[str, object] = {"verdict": self.verdict} if self.verdict else {}
+        rows |= {"the point itself": self.point} if self.point else {}
         rows |= {f"width of {name}": f"{a} → {b}" for name, (a, b) in self.widths.items() if a != b}
         rows["parameters"] = f"{self.parameters[0]} → {self.parameters[1]}"
         if self.grown:

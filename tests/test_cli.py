@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from splitwatch import GrowthPolicy, Probe, grow, measure_geometry, plan_growth
+from splitwatch import GrowthPolicy, Probe, find_hidden_layers, grow, measure_geometry, plan_growth
 from splitwatch.cli import main
+from splitwatch.growth.embedding import critical_embedding
 
 MODEL = """
 import torch
@@ -30,6 +31,32 @@ def test_inspect_prints_what_can_be_widened_and_why_the_rest_cannot(tmp_path, mo
     assert "output layer" in printed
 
 
+def test_inspect_counts_redundant_neurons(tmp_path, monkeypatch, capsys):
+    """Neuron 1 nearly repeats neuron 0, nobody reads neuron 2, neuron 3 reads nothing."""
+    spoilt = MODEL.replace(
+        "    x = torch",
+        """    with torch.no_grad():
+        model[0].weight[1], model[0].bias[1] = model[0].weight[0] * (1 + 1e-4), model[0].bias[0]
+        model[2].weight[:, 2] = 0
+        model[0].weight[3] = 0
+    x = torch""",
+    )
+    (tmp_path / "cli_redundant.py").write_text(spoilt)
+    monkeypatch.chdir(tmp_path)
+    for arguments, title, count in [
+        ([], "1e-06", "2"),
+        (["--tolerance", "1e-2"], "0.01", "3"),
+        (["--tolerance", "0"], "0", "2"),
+    ]:
+        assert main(["inspect", "cli_redundant:build", *arguments]) == 0
+        printed = capsys.readouterr().out
+        assert f"at relative tolerance {title}" in " ".join(printed.split())
+        (row,) = [line for line in printed.splitlines() if "yes" in line]
+        assert [cell.strip() for cell in row.strip("│").split("│")][:3] == ["0", "4", count]
+    assert main(["inspect", "cli_redundant:build", "--tolerance", "-1"]) == 1
+    assert "tolerance" in capsys.readouterr().err
+
+
 def test_inspect_prints_how_a_checkpoint_grew(tmp_path, capsys):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2))
@@ -41,7 +68,20 @@ def test_inspect_prints_how_a_checkpoint_grew(tmp_path, capsys):
     grow(model, plan, probe=probe)
     torch.save(model.state_dict(), tmp_path / "grown.pt")
     assert main(["inspect", str(tmp_path / "grown.pt")]) == 0
-    assert "2 → 3" in capsys.readouterr().out
+    assert row_of(capsys)[:3] == ["0", "2 → 3", "0"]
+    torch.save(
+        critical_embedding(model, find_hidden_layers(model, probe)[0], 1, (0.5, 0.5)).state_dict(), tmp_path / "b.pt"
+    )
+    assert main(["inspect", str(tmp_path / "b.pt"), "--tolerance", "1e-8"]) == 0
+    assert row_of(capsys, "at relative tolerance 1e-08")[:3] == ["0", "2 → 3 → 4", "1"]
+
+
+def row_of(capsys, title="at relative tolerance 1e-06"):
+    """The cells of the one row with an arrow."""
+    printed = capsys.readouterr().out
+    assert title in " ".join(printed.split())
+    (row,) = [line for line in printed.splitlines() if "→" in line]
+    return [cell.strip() for cell in row.strip("│").split("│")]
 
 
 @pytest.mark.parametrize(

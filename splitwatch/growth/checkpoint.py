@@ -31,6 +31,7 @@ class GrowthHistory:
 
     def add(self, plan: GrowthPlan) -> None:
         """Note what a plan widened."""
+        inserted: list[tuple[str, int, int]] = []
         for layer in plan.layers:
             added = sum(move.added for move in plan.moves if move.layer == layer.name)
             if added:
@@ -38,6 +39,10 @@ class GrowthHistory:
                 entry["producers"], entry["riders"] = list(layer.producers), list(layer.riders)
                 entry["consumers"] = [[c.name, c.start, c.stride] for c in layer.consumers]
                 entry["widths"] = [*entry["widths"], layer.width + added]
+                inserted += [(c.name, c.start, added * c.stride) for c in layer.consumers]
+        for consumer in (c for entry in self.layers.values() for c in entry["consumers"]):
+            name, start, _ = consumer
+            consumer[1] += sum(count for other, place, count in inserted if other == name and place < start)
 
     def __call__(self, module: nn.Module, state: Any, prefix: str, _local: Any) -> None:
         """State-dict post-hook: put the history into the metadata."""
