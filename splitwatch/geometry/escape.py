@@ -52,8 +52,8 @@ class EscapeNeurons:
     """Which of k neurons are escape neurons ("escape", "none", "undecided" in ``verdicts``), and what follows.
 
     Along the unit vector ``direction`` (k, d), across w, D = 0 and the slopes in v change at the rate ``strength``
-    (k,), most in outgoing weight ``output`` (k,); zeros and -1 where none was found. ``splits`` (k,): every split of
-    the neuron curves downwards. ``kind`` is "not_stationary", "not_minimum", "splits_escape", "minimum", "undecided".
+    (k,), most in outgoing weight ``output`` (k,); zeros and -1 where none was found. ``kind`` is "not_stationary",
+    "not_minimum", "splits_escape", "minimum", "undecided".
     """
 
     layer: str
@@ -62,10 +62,18 @@ class EscapeNeurons:
     direction: Tensor
     output: Tensor
     strength: Tensor
-    splits: Tensor
     stationarity: DirectionalStationarity
     kind: str
     reason: str
+
+    @property
+    def splits(self) -> Tensor:
+        """The neurons (k,) of a stationary point of which every split curves downwards.
+
+        Copies that exchange outgoing weight η stay where they were, and along η the slope d(u) opens at no first-order
+        cost: moving one of them by s u changes the loss by s η·d(u) + O(s²), whatever kinks u crosses.
+        """
+        return torch.tensor([verdict == "escape" for verdict in self.verdicts])
 
     def __str__(self) -> str:
         return f"{self.layer}: {self.kind}: {self.reason}"
@@ -127,7 +135,6 @@ def escape_neurons(
         direction=torch.stack([search.direction for search in searches]),
         output=torch.tensor([search.output for search in searches]),
         strength=torch.tensor([search.strength for search in searches], dtype=torch.float64),
-        splits=torch.tensor([search.splits for search in searches]),
         stationarity=found,
         kind=kind,
         reason=reason,
@@ -179,7 +186,8 @@ def _conclude(data: PiecewiseLayer, found: DirectionalStationarity, searches: Se
         return "not_minimum", f"escape neurons {silent} have no outgoing weights: small ones lower the loss ({_SOURCE})"
     if found.kind == "undecided":
         return found.kind, found.reason
-    if split := [r for r, _, search in escapes if search.splits]:
+    if escapes:
+        split = [r for r, _, _ in escapes]
         return (
             "splits_escape",
             f"every split of the escape neurons {split} curves downwards: strict saddle ({_INERTIA})",

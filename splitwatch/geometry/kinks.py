@@ -18,6 +18,7 @@ from splitwatch.geometry.piecewise import PiecewiseNeuron
 
 _ENUMERATED = 6  # concave kinks up to which every sign pattern is tried
 _SAMPLES = 256
+_MARGIN = 0.01  # how far inside the box a second solution is looked for
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,8 +52,8 @@ def steepest_descent(neuron: PiecewiseNeuron) -> Descent:
     tried = _unit(torch.cat([-rest, neuron.kinks, -neuron.kinks, _normal(_SAMPLES if len(kinks) else 0, len(slope))]))
     values = neuron.slopes(tried)
     best, farthest = int(values.argmin()), float(rest.norm(dim=1).max())
-    inside = not len(concave) and bool((shares[0].abs() < 1 - 1e-6).all()) and farthest <= neuron.flat
-    return Descent(-farthest - slack, min(0.0, float(values[best])), tried[best], inside)
+    strict = not len(concave) and farthest <= neuron.flat and _inside(convex, slope, shares[0], neuron.flat)
+    return Descent(-farthest - slack, min(0.0, float(values[best])), tried[best], strict)
 
 
 def _felt(neuron: PiecewiseNeuron) -> Tensor:
@@ -60,6 +61,14 @@ def _felt(neuron: PiecewiseNeuron) -> Tensor:
     bend = neuron.bend @ neuron.outgoing
     size = bend.abs() * neuron.kinks.norm(dim=1)
     return torch.where(size * (len(bend) + 1) > neuron.flat, bend.sign(), 0)
+
+
+def _inside(box: Tensor, start: Tensor, shares: Tensor, flat: float) -> bool:
+    """Whether start + Σ τ_i box_i = 0 for some −1 < τ < 1: for these or, if kinks depend on each other, for others."""
+    if bool((shares.abs() < 1 - 1e-6).all()):
+        return True
+    smaller = (1 - _MARGIN) * box
+    return _MARGIN * float(box.norm(dim=1).min()) > flat >= float((start + _nearest(smaller, start) @ smaller).norm())
 
 
 def _nearest(box: Tensor, start: Tensor) -> Tensor:
@@ -73,31 +82,32 @@ def _nearest(box: Tensor, start: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Escape:
-    """The verdict "escape", "none" or "undecided", and the direction found; ``splits``: off every kink, too."""
+    """The verdict "escape", "none" or "undecided", and the direction found."""
 
     verdict: str
     direction: Tensor
     output: int = -1
     strength: float = 0.0
-    splits: bool = False
 
 
 def search_escape(neuron: PiecewiseNeuron, strict: bool) -> Escape:
-    """Look for u across w with D(u) = 0 ≠ d(u), off the kinks that the loss feels: there D is linear, so zero."""
-    unfelt = _felt(neuron) == 0
-    plain, level = _null_space(neuron.kinks), _null_space(neuron.kinks[~unfelt])
+    """Look for u across w with D(u) = 0 ≠ d(u), off the kinks that the loss feels: there D is linear, so zero.
+
+    With a single output, D = v d vanishes only together with d, unless v does.
+    """
+    unfelt, w = _felt(neuron) == 0, neuron.incoming[None]
+    plain, level = (_null_space(torch.cat([kinks, w])) for kinks in (neuron.kinks, neuron.kinks[~unfelt]))
     linear = neuron.across(neuron.smooth.T).T
     right = torch.cat([torch.linalg.svd(linear @ b, full_matrices=False).Vh @ b.T for b in (plain, level)])
     draws = _normal(_SAMPLES if len(unfelt) else 0, level.shape[1]) @ level.T
-    w, tried = _unit(neuron.incoming[None]), torch.cat([right, -right, draws, torch.zeros_like(neuron.incoming)[None]])
-    tried = _unit(tried - (tried @ w.T) * w)
+    tried = _unit(torch.cat([right, -right, draws, torch.zeros_like(w)]))
     change = neuron.across(neuron.rates(tried))
     best = int(change.norm(dim=1).argmax())
     strength = float(change[best].norm())
     if strength > neuron.zero:
-        splits = float((linear @ plain).norm()) > neuron.zero
-        return Escape("escape", tried[best], int(change[best].abs().argmax()), strength, splits)
+        return Escape("escape", tried[best], int(change[best].abs().argmax()), strength)
     bends = neuron.across(neuron.bend[unfelt]).norm(dim=1) @ (neuron.kinks[unfelt] @ level).norm(dim=1)
+    strict |= len(neuron.outgoing) == 1 and not neuron.silent
     none = strict and float((linear @ level).norm() + bends) <= neuron.zero
     return Escape("none" if none else "undecided", tried[-1])
 
