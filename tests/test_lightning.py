@@ -167,6 +167,16 @@ def test_a_training_step_that_returns_no_loss_is_named():
         fit([SplitWatch(POLICY)], module=Silent(), steps=5)
 
 
+def test_a_batch_that_the_module_skips_is_skipped():
+    class Skipping(Wave):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) if batch_idx % 4 != 2 else None
+
+    watch = SplitWatch(POLICY)
+    fit([watch], module=Skipping(), steps=40)
+    assert 0 < watch.grower.steps < 40
+
+
 def test_a_grown_checkpoint_loads_into_the_narrow_module(grown, tmp_path):
     module, trainer, _, _ = grown
     path = tmp_path / "grown.ckpt"

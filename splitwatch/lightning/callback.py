@@ -80,6 +80,7 @@ class SplitWatch(pl.Callback):
         )
         if self._saved:
             self.grower.load_state_dict(self._saved)
+            self._saved = {}
         self._step = trainer.global_step
 
     def on_train_batch_end(
@@ -90,6 +91,8 @@ class SplitWatch(pl.Callback):
             return
         self._step = trainer.global_step
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if loss is None and self.grower.steps:
+            return  # a batch the module chose to skip
         if loss is None:
             raise SplitWatchError("training_step: required a returned loss to watch, found None; return the loss")
         self.grower.observe(trainer.precision_plugin.convert_input(batch), loss)
