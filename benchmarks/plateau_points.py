@@ -96,8 +96,8 @@ def trained(rng: np.random.Generator, family: str, activation: str) -> Landscape
     land.Y = F.one_hot(noisy.argmax(1), noisy.shape[1]).double() if land.classes else noisy
     point, _ = land.lowest(land.point, int(rng.choice([1, 10, 150])))
     damping, gradient, hessian = 1e-2, land.gradient(point), land.hessian(point)
-    for _ in range(50):
-        if float(gradient.norm()) < 1e-14 or damping > 1e4:
+    for _ in range(100):
+        if float(gradient.norm()) < 1e-15 or damping > 1e4:
             break
         values, vectors = torch.linalg.eigh(hessian)
         shrunk = values / (values**2 + damping * values.abs().max() ** 2)
@@ -109,7 +109,7 @@ def trained(rng: np.random.Generator, family: str, activation: str) -> Landscape
     nn.utils.vector_to_parameters(point, land.model.parameters())
     # Far out a small gradient is no stationary point: there the Hessian is as small.
     steep = float(torch.linalg.matrix_norm(hessian, 2))
-    return land if float(gradient.norm()) <= 1e-12 * steep and float(point.abs().max()) < 20 else None
+    return land if float(gradient.norm()) <= 1e-15 * steep * len(point) and float(point.abs().max()) < 20 else None
 
 
 def designed(rng: np.random.Generator, family: str, activation: str) -> Landscape | None:

@@ -14,11 +14,13 @@ from tqdm import tqdm
 
 from splitwatch.batches import Batch, batch_size
 from splitwatch.collect import ProbeCollector
+from splitwatch.geometry.caveats import caveats
 from splitwatch.geometry.diagnose import diagnose_splits
 from splitwatch.geometry.measure import EQUAL, measure_geometry
 from splitwatch.geometry.narrow import NarrowVerdict, narrow_verdict
 from splitwatch.geometry.plateau import Narrow
 from splitwatch.growth.grow import count_parameters, grow
+from splitwatch.growth.optimizer import coupled_weight_decay
 from splitwatch.growth.plan import plan_growth
 from splitwatch.growth.policy import GrowthPolicy
 from splitwatch.layers import find_hidden_layers, select_layers
@@ -175,11 +177,14 @@ class Grower:
             with stages("diagnosis"):
                 narrow = self._narrow(probe)
                 plateaus = self._plateaus(probe, layers, geometry, plan, narrow.kind if narrow else "undecided")
+                move = next((move for move in plan.moves if isinstance(move, Split)), None)
+                decay = coupled_weight_decay(self.optimizers)
+                warnings = caveats(self.model, probe, layers, geometry, move, decay)
             event = self._grown(plan, probe, stages)
         finally:
             stages.close()
         point = f"{narrow.kind.replace('_', ' ')}: {narrow.reason}" if narrow else ""
-        found = {"verdict": verdict, "geometry": geometry, "point": point, "plateaus": plateaus}
+        found = {"verdict": verdict, "geometry": geometry, "point": point, "plateaus": plateaus, "caveats": warnings}
         return replace(event, **found, seconds=stages.seconds)
 
     def _grown(self, plan: GrowthPlan, probe: Probe, stages: _Stages) -> GrowthEvent:

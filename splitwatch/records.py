@@ -247,8 +247,8 @@ class GrowthEvent:
 
     ``drift`` is the relative change of what the widened layers' consumers put out, at zero offset; it and the
     ``realised_*`` decreases are nan where no probe was given. ``point`` says in words what the narrow point itself is,
-    as far as that was looked at; ``plateaus`` what splits of it are. ``widths`` maps layer to (before, after),
-    ``seconds`` stage to time spent. ``step`` is the user's step count.
+    as far as that was looked at; ``plateaus`` what splits of it are; ``caveats`` what keeps the theory from applying.
+    ``widths`` maps layer to (before, after), ``seconds`` stage to time spent. ``step`` is the user's step count.
     """
 
     plan: GrowthPlan
@@ -262,6 +262,7 @@ class GrowthEvent:
     geometry: Mapping[str, LayerGeometry] = field(default_factory=dict)
     point: str = ""
     plateaus: Mapping[str, PlateauVerdict] = field(default_factory=dict)
+    caveats: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     step: int = 0
     grown: bool = False
@@ -278,6 +279,7 @@ class GrowthEvent:
             rows["decrease realised (held-out half)"] = f"{self.realised_held_out:.4e}"
         if self.restarted:
             rows["optimizer state restarted"] = ", ".join(self.restarted)
+        rows |= {f"caveat {i}": words for i, words in enumerate(self.caveats, 1)}
         rows["seconds"] = ", ".join(f"{stage} {value:.2f}" for stage, value in self.seconds.items())
         action = "grew" if self.grown else "measured"
         return _table(f"step {self.step}: {action}: {self.plan.reason}", rows)

@@ -45,6 +45,18 @@ _VALUES = {"ax"}
 """States that average the parameter itself."""
 
 
+_DECOUPLED = {"AdamW", "Adafactor", "Muon"}
+"""Optimizers that shrink weights outside of the gradient, without a flag that says so."""
+
+
+def coupled_weight_decay(optimizers: Iterable[Optimizer]) -> float:
+    """The largest weight decay that optimizers add to the gradient, as an L2 penalty in the loss would."""
+    coupled = (optimizer for optimizer in optimizers if type(optimizer).__name__ not in _DECOUPLED)
+    groups = (group for optimizer in coupled for group in optimizer.param_groups)
+    decays = (group.get("weight_decay", 0.0) for group in groups if not group.get("decoupled_weight_decay", False))
+    return max((float(decay) for decay in decays), default=0.0)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Exchange:
     """What has to change in one optimizer, made beforehand."""

@@ -23,6 +23,7 @@ def event_markdown(event: GrowthEvent) -> str:
             f"**Verdict:** {event.verdict.kind}: {_words(event.verdict.reason)}; loss {event.verdict.loss:.6g}."
         )
     parts += [f"**The point itself:** {_words(event.point)}."] if event.point else []
+    parts += ["### Caveats", "\n".join(f"* {_words(item)}." for item in event.caveats)] if event.caveats else []
     parts += ["### Size", _table(("", "before", "after"), _sizes(event))]
     outcome = list(_outcome(event))
     parts += ["### Outcome", _table(("quantity", "value"), outcome)] if outcome else []
