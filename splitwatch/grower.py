@@ -132,7 +132,8 @@ class Grower:
         """
         probe = self._probe()
         layers = self._layers(probe)
-        return plan_growth(self.model, measure_geometry(self.model, probe, layers), probe, self.policy)
+        geometry = measure_geometry(self.model, probe, layers)
+        return plan_growth(self.model, geometry, probe, self.policy, layers=layers)
 
     def state_dict(self) -> dict[str, Any]:
         """What has to survive a restart, in builtins. The probe is collected afresh."""
@@ -173,7 +174,7 @@ class Grower:
                 layers = self._layers(probe)
                 geometry = measure_geometry(self.model, probe, layers)
             with stages("plan"):
-                plan = plan_growth(self.model, geometry, probe, self.policy)
+                plan = plan_growth(self.model, geometry, probe, self.policy, layers=layers)
             with stages("diagnosis"):
                 narrow = self._narrow(probe)
                 plateaus = self._plateaus(probe, layers, geometry, plan, narrow.kind if narrow else "undecided")

@@ -221,6 +221,15 @@ class LayerCurvature:
         """Per-sample values of κ uᵀS u + 2γ vᵀG u over the whole half, (samples, m)."""
         return torch.cat([part.quotients(u, v, kappa, gamma) for part in self.parts])
 
+    def dense(self, product: Callable[[Tensor], Tensor], neurons: Sequence[int] | None = None) -> Tensor:
+        """The matrices of a product for k neurons (all by default), column by column in d products, (k, …, d)."""
+        m, d = self.layer.width, self.d
+        chosen = list(range(m)) if neurons is None else list(neurons)
+        if any(not 0 <= r < m for r in chosen):
+            raise SplitWatchError(f"neurons: required indices from 0 to {m - 1}, found {chosen}")
+        units = torch.eye(d, dtype=self.like.dtype, device=self.like.device)
+        return torch.stack([product(unit.expand(m, d).contiguous())[chosen] for unit in units], dim=-1)
+
     def _sum(self, product: Callable[[InnerCurvature], Tensor]) -> Tensor:
         total = self.parts[0].trace.share * product(self.parts[0])
         for part in self.parts[1:]:
@@ -243,7 +252,7 @@ def inner_hessian(
     Source: Ding, Li & Sun 2026 (inner Hessian); Liu, Wu & Wang 2019 (splitting matrix).
     """
     curvature = layer_curvature(model, layer, probe, half)
-    return _dense(curvature.hessian, curvature, neurons)
+    return curvature.dense(curvature.hessian, neurons)
 
 
 def coupling(
@@ -251,7 +260,7 @@ def coupling(
 ) -> Tensor:
     """Dense couplings G_r = E[e σ'(w_r·x) xᵀ], (k, c, d); arguments as for ``inner_hessian``."""
     curvature = layer_curvature(model, layer, probe, half)
-    return _dense(curvature.coupling, curvature, neurons)
+    return curvature.dense(curvature.coupling, neurons)
 
 
 def layer_curvature(model: nn.Module, layer: HiddenLayer | str, probe: Probe, half: str = "all") -> LayerCurvature:
@@ -259,12 +268,3 @@ def layer_curvature(model: nn.Module, layer: HiddenLayer | str, probe: Probe, ha
     if isinstance(layer, str):
         (layer,) = select_layers(find_hidden_layers(model, probe), [layer])
     return LayerCurvature.of(layer, probe.capture(model, [layer], half)[layer.name])
-
-
-def _dense(product: Callable[[Tensor], Tensor], curvature: LayerCurvature, neurons: Sequence[int] | None) -> Tensor:
-    m, d = curvature.layer.width, curvature.d
-    chosen = list(range(m)) if neurons is None else list(neurons)
-    if any(not 0 <= r < m for r in chosen):
-        raise SplitWatchError(f"neurons: required indices from 0 to {m - 1}, found {chosen}")
-    units = torch.eye(d, dtype=curvature.like.dtype, device=curvature.like.device)
-    return torch.stack([product(unit.expand(m, d).contiguous())[chosen] for unit in units], dim=-1)

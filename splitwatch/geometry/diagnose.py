@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from splitwatch.geometry.curvature import coupling, inner_hessian
+from splitwatch.geometry.curvature import layer_curvature
 from splitwatch.geometry.plateau import Narrow, classify_split
 from splitwatch.geometry.weights import neuron_weights
 from splitwatch.probe import Probe
@@ -42,12 +42,13 @@ def diagnose_splits(
     if max(incoming.shape[1], outgoing.shape[1]) > DENSE_LIMIT:
         reason = f"the neuron has more than {DENSE_LIMIT} weights on a side, too many for dense matrices"
         return tuple(PlateauVerdict("inconclusive", reason, (0, 0, 0), tuple(lam)) for lam in coefficients)
-    S, S_error = _mean_and_error([inner_hessian(model, layer, probe, [neuron], half)[0] for half in _HALVES])
-    G, _ = pair = _mean_and_error(
-        [_project(coupling(model, layer, probe, [neuron], half)[0], outgoing[neuron]) for half in _HALVES]
+    halves = [layer_curvature(model, layer, probe, half) for half in ("fitted", "held_out")]
+    S, S_error = _mean_and_error([half.dense(half.hessian, [neuron])[0] for half in halves])
+    G, G_error = _mean_and_error(
+        [_project(half.dense(half.coupling, [neuron])[0], outgoing[neuron]) for half in halves]
     )
     values, right = torch.linalg.svd(G)[1:]
-    rank = int((values > max(pair[1], float(values.amax()) * _rounding(G))).sum())
+    rank = int((values > max(G_error, float(values.amax()) * _rounding(G))).sum())
     kernel = right[rank:]
     eigenvalues = torch.linalg.eigvalsh(kernel @ S @ kernel.T)
     tolerance = max(S_error, float(eigenvalues.abs().amax()) * _rounding(S)) if len(eigenvalues) else None
@@ -57,9 +58,6 @@ def diagnose_splits(
         )
         for lam in coefficients
     )
-
-
-_HALVES = ("fitted", "held_out")
 
 
 def _project(G: Tensor, v: Tensor) -> Tensor:

@@ -80,12 +80,16 @@ def read_history(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     Raises:
         SplitWatchError: the file holds no state dict.
     """
-    state, _ = _state_dict(path)
-    metadata = getattr(state, "_metadata", {})
-    return next((entry[_KEY] for entry in metadata.values() if _KEY in entry), {})
+    return stored_history(read_state(path)[0])[1]
 
 
-def _state_dict(path: str | os.PathLike[str]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+def stored_history(state: Mapping[str, Any]) -> tuple[str, dict[str, dict[str, Any]]]:
+    """The prefix of the grown module in a state dict, and its growth by layer; both empty where there is none."""
+    metadata: Mapping[str, Any] = getattr(state, "_metadata", {})
+    return next(((prefix, entry[_KEY]) for prefix, entry in metadata.items() if _KEY in entry), ("", {}))
+
+
+def read_state(path: str | os.PathLike[str]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """The state dict in a file, and the checkpoint around it."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -108,7 +112,7 @@ def load_grown(cls: Any, path: str | os.PathLike[str], **kwargs: Any) -> Any:
     Raises:
         SplitWatchError: the file holds no state dict.
     """
-    state, checkpoint = _state_dict(path)
+    state, checkpoint = read_state(path)
     model = cls(**{**checkpoint.get("hyper_parameters", {}), **kwargs})
     make_growable(model)
     model.load_state_dict(state)

@@ -40,7 +40,12 @@ class Candidate:
 
 
 def plan_growth(
-    model: nn.Module, geometry: Mapping[str, LayerGeometry], probe: Probe, policy: GrowthPolicy | None = None
+    model: nn.Module,
+    geometry: Mapping[str, LayerGeometry],
+    probe: Probe,
+    policy: GrowthPolicy | None = None,
+    *,
+    layers: Sequence[HiddenLayer] | None = None,
 ) -> GrowthPlan:
     """Choose which neurons to split, into which coefficients, along which directions and how far.
 
@@ -54,6 +59,7 @@ def plan_growth(
         geometry: what ``measure_geometry`` returned for it.
         probe: the batches the geometry was measured on.
         policy: budgets and coefficients.
+        layers: what ``find_hidden_layers`` found, where that is at hand; it is found again otherwise.
 
     Returns:
         The plan; it is empty, with the reason, where growth would not help.
@@ -62,7 +68,8 @@ def plan_growth(
         SplitWatchError: the geometry names a layer that the model does not have or belongs to another width.
     """
     policy = policy or GrowthPolicy()
-    layers = select_layers(find_hidden_layers(model, probe), list(policy.layers or geometry))
+    found = find_hidden_layers(model, probe) if layers is None else layers
+    layers = select_layers(found, list(policy.layers or geometry))
     measured = [(layer, _of(geometry, layer), *neuron_weights(model, layer)) for layer in layers]
     candidates: list[Candidate] = []
     confirmed: list[Candidate] = []

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from splitwatch.growth.checkpoint import _KEY, _state_dict
+from splitwatch.growth.checkpoint import read_state, stored_history
 from splitwatch.growth.reduction import redundancy
 from splitwatch.records import Consumer, HiddenLayer
 
@@ -29,9 +29,8 @@ def stored_redundancy(path: str | os.PathLike[str], tolerance: float = 1e-6) -> 
     Raises:
         SplitWatchError: the file holds no state dict, or the tolerance is negative.
     """
-    state, _ = _state_dict(path)
-    metadata: Mapping[str, Any] = getattr(state, "_metadata", {})
-    prefix, history = next(((key, entry[_KEY]) for key, entry in metadata.items() if _KEY in entry), ("", {}))
+    state, _ = read_state(path)
+    prefix, history = stored_history(state)
     tensors = {name.removeprefix(f"{prefix}."): tensor for name, tensor in state.items()} if prefix else state
     told = [name for name, entry in history.items() if _is_told(entry, tensors)]
     found = redundancy(
