@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from splitwatch.geometry.curvature import LayerCurvature
+from splitwatch.geometry.curvature import layer_curvature
 from splitwatch.geometry.measure import measure_geometry
 from splitwatch.layers import find_hidden_layers
 from splitwatch.probe import Probe
@@ -40,7 +40,7 @@ def _rows(width: int, samples: int) -> list[tuple[str, float, float]]:
     batches = [(torch.rand(samples, 784), torch.randint(0, 10, (samples,))) for _ in range(2)]
     probe = Probe(batches, lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]))
     layers = [layer for layer in find_hidden_layers(model, probe) if layer.growable]
-    curvature = LayerCurvature.of(layers[0], probe.capture(model, layers[:1], "fitted")[layers[0].name])
+    curvature = layer_curvature(model, layers[0], probe, "fitted")
     direction = torch.randn(width, curvature.d)
 
     def step() -> None:

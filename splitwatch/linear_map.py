@@ -77,8 +77,9 @@ class LinearMap:
         return 1 - len(self.weight_shape)
 
     def at(self, x: Tensor) -> LinearMap:
-        """The same map at another input."""
-        return LinearMap(x, self.weight_shape, self.has_bias, self.conv)
+        """The same map at another input, which may have another number of channels."""
+        outputs, _, *kernel = self.weight_shape
+        return LinearMap(x, torch.Size([outputs, x.shape[self.channel_axis], *kernel]), self.has_bias, self.conv)
 
     def __call__(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Y = weight · x + bias."""
@@ -88,10 +89,11 @@ class LinearMap:
         return torch.convolution(self.input, weight, bias, stride, padding, dilation, False, [0] * len(stride), 1)
 
     def weight_gradient(self, signal: Tensor) -> Tensor:
-        """The gradient of ⟨signal, y⟩ in the weight, shape ``weight_shape``."""
+        """The gradient of ⟨signal, y⟩ in the weight: ``weight_shape``, with as many rows as the signal has channels."""
         if self.conv is None:
             return signal.flatten(0, -2).T @ self.input.flatten(0, -2)
-        shape_only = self.input.new_empty(1).expand(self.weight_shape)
+        rows = signal.shape[self.channel_axis]
+        shape_only = self.input.new_empty(1).expand(rows, *self.weight_shape[1:])
         return self._backward(signal, shape_only, (False, True, False))[1]
 
     def bias_gradient(self, signal: Tensor) -> Tensor:
@@ -100,17 +102,20 @@ class LinearMap:
         return signal.sum([i for i in range(signal.ndim) if i != axis])
 
     def input_gradient(self, weight: Tensor, signal: Tensor) -> Tensor:
-        """The gradient of ⟨signal, y⟩ in the input, for any weight of shape ``weight_shape``."""
+        """The gradient of ⟨signal, y⟩ in the input, which gets as many channels as the weight has columns."""
         if self.conv is None:
             return signal @ weight
-        return self._backward(signal, weight, (True, False, False))[0]
+        shape = list(self.input.shape)
+        shape[self.channel_axis] = weight.shape[1]
+        return self._backward(signal, weight, (True, False, False), self.input.new_empty(1).expand(shape))[0]
 
-    def _backward(self, signal: Tensor, weight: Tensor, mask: tuple[bool, bool, bool]) -> Any:
+    def _backward(self, signal: Tensor, weight: Tensor, mask: tuple[bool, bool, bool], x: Tensor | None = None) -> Any:
         assert self.conv is not None
         stride, padding, dilation = self.conv
         output_padding = [0] * len(stride)
+        x = self.input if x is None else x
         return torch.ops.aten.convolution_backward(
-            signal, self.input, weight, None, stride, padding, dilation, False, output_padding, 1, mask
+            signal, x, weight, None, stride, padding, dilation, False, output_padding, 1, mask
         )
 
 

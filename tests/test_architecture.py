@@ -99,13 +99,11 @@ def test_heavy_libraries_have_one_door(path):
 
 
 def test_solvers_and_theory_never_see_a_model():
-    for name in ("geometry/eigen.py", "geometry/plateau.py"):
+    for name in ("geometry/eigen.py", "geometry/krylov.py", "geometry/drift.py", "geometry/plateau.py"):
         found = set(imports(PACKAGE / name))
         assert not [module for module in found if is_within(module, "torch.nn") and module != "torch.nn.functional"]
-        assert {module for module in found if is_within(module, "splitwatch")} <= {
-            "splitwatch.records",
-            *(f"splitwatch.records.{record}" for record in ("PlateauVerdict", "SplitWatchError")),
-        }
+        allowed = ("splitwatch.records", "splitwatch.geometry.krylov", "splitwatch.geometry.drift")
+        assert all(module.startswith(allowed) for module in found if is_within(module, "splitwatch"))
 
 
 def test_records_know_no_modules():

@@ -2,99 +2,48 @@
 
 With everything downstream of the consumers frozen to first order, the loss depends on the layer through
 φ = Σ ⟨e, V h(z)⟩ with z = W x: the consumers' output gradients e, their weights V, the path h. φ is a sum over neurons,
-so one product with a stacked (m, d) matrix is every neuron's S_r u_r:
+so one product with a stacked (k, d) matrix is the S_r u_r of k neurons:
 
-    S u = Xᵀ (∂²φ/∂z² · X u)        inner Hessian, (m, d) → (m, d)
-    G u = ∂⟨e, V ḣ⟩/∂V,  ḣ = h'(z) · X u    coupling, (m, d) → (m, c)
+    S u = Xᵀ (∂²φ/∂z² · X u)        inner Hessian, (k, d) → (k, d)
+    G u = ∂⟨e, V ḣ⟩/∂V,  ḣ = h'(z) · X u    coupling, (k, d) → (k, c)
 
-∂²φ/∂z² comes from autograd, whatever the activation. Where it is diagonal (every elementwise path, also with BatchNorm
-in eval mode, dropout or pooling after it) it is taken once; that it is diagonal is tested, not assumed.
+Between weights and pre-activations everything is in closed form (``linear_map``); what lies between pre-activations and
+consumers is a number an element wherever it can be, and autograd's otherwise (``geometry.response``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from splitwatch.geometry.response import Pattern, Response
 from splitwatch.geometry.weights import extract_columns, insert_columns, outgoing_weights
 from splitwatch.layers import find_hidden_layers, select_layers
+from splitwatch.linear_map import LinearMap
 from splitwatch.probe import LayerTrace, Probe
-from splitwatch.records import HiddenLayer, SplitWatchError
-
-Blocks = list[list[Tensor]]
+from splitwatch.ranks import summed
+from splitwatch.records import Consumer, HiddenLayer, SplitWatchError
 
 
 class InnerCurvature:
-    """φ of one hidden layer on one batch: its curvature and its mixed derivatives.
+    """φ of the m neurons of one hidden layer, or of k of them, on one batch: its curvature and its mixed derivatives.
 
-    Vectors of incoming weights are (m, d): the producers' weights flattened row by row, each followed by its bias.
-    Vectors of outgoing weights are (m, c): the consumers' weight columns, flattened per neuron.
+    Vectors of incoming weights are (k, d): the producers' weights flattened row by row, each followed by its bias.
+    Vectors of outgoing weights are (k, c): the consumers' weight columns, flattened per neuron.
     """
 
-    def __init__(self, trace: LayerTrace) -> None:
-        self.trace = trace
-        with torch.enable_grad():
-            self.z = tuple(z.detach().requires_grad_() for z in trace.pre_activations())
-            self.h = trace.path(*self.z)
-            signals = zip(trace.consumers, trace.readers, trace.signals, strict=True)
-            seeds = [consumer.input_gradient(reader, signal) for consumer, reader, signal in signals]
-            self.slope = torch.autograd.grad(self.h, self.z, seeds, create_graph=True, materialize_grads=True)
-            # d⟨ν, h⟩/dz is linear in ν; differentiating it in ν once more gives forward derivatives of h.
-            self.nu = tuple(torch.zeros_like(h, requires_grad=True) for h in self.h)
-            self.pullback = torch.autograd.grad(self.h, self.z, self.nu, create_graph=True, materialize_grads=True)
-        self.diagonal = self._diagonal()
+    def __init__(self, trace: LayerTrace, pattern: Pattern | None = None) -> None:
+        self.trace, self.response = trace, Response(trace, pattern)
 
-    # --- in the space of pre-activations -------------------------------------------------------------------------
-
-    def bend(self, t: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """∂²φ/∂z² · t."""
-        if self.diagonal is not None:
-            columns = range(len(self.z))
-            return tuple(sum((row[q] * t[q] for q in columns), torch.zeros_like(t[0])) for row in self.diagonal)
-        return self._bend(t)
-
-    def _bend(self, t: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        pairs = [(slope, v) for slope, v in zip(self.slope, t, strict=True) if slope.requires_grad]
-        if not pairs:  # a piecewise linear path
-            return tuple(torch.zeros_like(z) for z in self.z)
-        slopes, directions = zip(*pairs, strict=True)
-        return torch.autograd.grad(slopes, self.z, directions, retain_graph=True, materialize_grads=True)
-
-    def _diagonal(self) -> Blocks | None:
-        """∂²φ/∂z_p∂z_q as one number an element, or None where elements interact.
-
-        For a diagonal H and any signs s, s ∘ H s is the diagonal; for any other H two draws of s disagree.
-        """
-        if len({z.shape for z in self.z}) > 1:
-            return None
-        first, second = (self._signed_blocks(seed) for seed in (0, 1))
-        scale = max(float(block.abs().amax()) for row in first for block in row)
-        tolerance = 1e3 * torch.finfo(self.z[0].dtype).eps * scale
-        pairs = ((a, b) for rows in zip(first, second, strict=True) for a, b in zip(*rows, strict=True))
-        return first if all(float((a - b).abs().amax()) <= tolerance for a, b in pairs) else None
-
-    def _signed_blocks(self, seed: int) -> Blocks:
-        generator = torch.Generator().manual_seed(seed)
-        z = self.z[0]
-        signs = (torch.randint(0, 2, z.shape, generator=generator) * 2 - 1).to(z)
-        unit = [[signs if p == q else torch.zeros_like(z) for p in range(len(self.z))] for q in range(len(self.z))]
-        columns = [self._bend(t) for t in unit]
-        return [[columns[q][p] * signs for q in range(len(self.z))] for p in range(len(self.z))]
-
-    def push(self, t: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """ḣ = h'(z) · t."""
-        pairs = [(pull, v) for pull, v in zip(self.pullback, t, strict=True) if pull.requires_grad]
-        if not pairs:
-            return tuple(torch.zeros_like(h) for h in self.h)
-        pulls, directions = zip(*pairs, strict=True)
-        return torch.autograd.grad(pulls, self.nu, directions, retain_graph=True, materialize_grads=True)
-
-    def pull(self, cotangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """h'(z)ᵀ · cotangents."""
-        return torch.autograd.grad(self.h, self.z, cotangents, retain_graph=True, materialize_grads=True)
+    def restricted(self, rows: Tensor) -> InnerCurvature:
+        """The same for some of the k neurons, given by their indices."""
+        part = copy.copy(self)
+        part.response = self.response.restricted(rows)
+        return part
 
     # --- between weights and pre-activations ---------------------------------------------------------------------
 
@@ -102,7 +51,7 @@ class InnerCurvature:
         """Incoming directions (m, d) → their effect on the pre-activations."""
         maps, parts = self.trace.producers, []
         for producer, part in zip(maps, u.split(self.in_sizes, dim=1), strict=True):
-            weight = part[:, : producer.weight_shape[1:].numel()].reshape(producer.weight_shape)
+            weight = part[:, : producer.weight_shape[1:].numel()].reshape(len(u), *producer.weight_shape[1:])
             parts.append(producer(weight, part[:, -1].contiguous() if producer.has_bias else None))
         return tuple(parts)
 
@@ -115,24 +64,45 @@ class InnerCurvature:
                 columns.append(producer.bias_gradient(signal)[:, None])
         return torch.cat(columns, dim=1)
 
+    def total_input(self) -> Tensor:
+        """What a gradient of one everywhere in the pre-activations would be in one neuron's weights, (1, d)."""
+        one = [torch.ones_like(t) for t in self.lift(self.trace.weights[0].new_zeros(1, sum(self.in_sizes)))]
+        return self.drop(one)
+
     def spread(self, v: Tensor) -> tuple[Tensor, ...]:
-        """Outgoing directions (m, c) → the cotangents they put on the consumers' inputs."""
+        """Outgoing directions (k, c) → the cotangents they put on the consumers' inputs."""
+        if self._scattered is not None:
+            v = v.new_zeros(self.trace.layer.width, v.shape[1]).index_copy_(0, self._scattered, v)
         parts = v.split(self.out_sizes, dim=1)
-        items = zip(self.trace.layer.consumers, self.trace.consumers, self.trace.signals, parts, strict=True)
         return tuple(
-            consumer.input_gradient(insert_columns(part, consumer.weight_shape, where.start, where.stride), signal)
-            for where, consumer, signal, part in items
+            consumer.input_gradient(insert_columns(part, *self._place(where, consumer, len(v))), signal)
+            for (where, consumer, signal), part in zip(self._readers(), parts, strict=True)
         )
 
     def collect(self, h: Sequence[Tensor]) -> Tensor:
-        """The adjoint of ``spread``: gradients ⟨e, V h⟩ in the outgoing weights, (m, c)."""
-        items = zip(self.trace.layer.consumers, self.trace.consumers, self.trace.signals, h, strict=True)
-        m = self.trace.layer.width
-        parts = [
-            extract_columns(consumer.at(value).weight_gradient(signal), m, where.start, where.stride)
-            for where, consumer, signal, value in items
-        ]
-        return torch.cat(parts, dim=1)
+        """The adjoint of ``spread``: gradients ⟨e, V h⟩ in the outgoing weights, (k, c)."""
+        parts = []
+        for (where, consumer, signal), value in zip(self._readers(), h, strict=True):
+            k = value.shape[consumer.channel_axis] // where.stride if self.response.narrow else self.trace.layer.width
+            _, start, stride = self._place(where, consumer, k)
+            parts.append(extract_columns(consumer.at(value).weight_gradient(signal), k, start, stride))
+        columns = torch.cat(parts, dim=1)
+        return columns if self._scattered is None else columns[self._scattered]
+
+    @property
+    def _scattered(self) -> Tensor | None:
+        """Where the k neurons stand among all m, if what the consumers read is held for all."""
+        return None if self.response.narrow else self.response.rows
+
+    def _readers(self) -> Iterator[tuple[Consumer, LinearMap, Tensor]]:
+        return zip(self.trace.layer.consumers, self.trace.consumers, self.trace.signals, strict=True)
+
+    def _place(self, where: Consumer, consumer: LinearMap, k: int) -> tuple[torch.Size, int, int]:
+        """Shape of a consumer's weight as far as it is held, and where the columns of k neurons begin in it."""
+        if not self.response.narrow:
+            return consumer.weight_shape, where.start, where.stride
+        outputs, _, *kernel = consumer.weight_shape
+        return torch.Size([outputs, k * where.stride, *kernel]), 0, where.stride
 
     @property
     def in_sizes(self) -> list[int]:
@@ -148,23 +118,30 @@ class InnerCurvature:
     # --- the products --------------------------------------------------------------------------------------------
 
     def hessian(self, u: Tensor) -> Tensor:
-        """S_r u_r for every neuron, (m, d) → (m, d)."""
-        return self.drop(self.bend(self.lift(u)))
+        """S_r u_r for every neuron, (k, d) → (k, d)."""
+        return self.drop(self.response.bend(self.lift(u)))
 
     def coupling(self, u: Tensor) -> Tensor:
-        """G_r u_r for every neuron, (m, d) → (m, c)."""
-        return self.collect(self.push(self.lift(u)))
+        """G_r u_r for every neuron, (k, d) → (k, c)."""
+        return self.collect(self.response.push(self.lift(u)))
 
     def coupling_adjoint(self, v: Tensor) -> Tensor:
-        """G_rᵀ v_r for every neuron, (m, c) → (m, d)."""
-        return self.drop(self.pull(self.spread(v)))
+        """G_rᵀ v_r for every neuron, (k, c) → (k, d)."""
+        return self.drop(self.response.pull(self.spread(v)))
+
+    def joint(self, u: Tensor, v: Tensor, kappa: float, gamma: float) -> tuple[Tensor, Tensor]:
+        """κ S u + γ Gᵀ v (k, d) and γ G u (k, c), for little more than S u alone."""
+        t = self.lift(u)
+        pairs = zip(self.response.bend(t), self.response.pull(self.spread(v)), strict=True)
+        top = self.drop([(kappa * bent).add_(pulled, alpha=gamma) for bent, pulled in pairs])
+        return top, gamma * self.collect(self.response.push(t))
 
     def quotients(self, u: Tensor, v: Tensor | None = None, kappa: float = 1.0, gamma: float = 0.0) -> Tensor:
-        """Per-sample values of κ uᵀS u + 2γ vᵀG u, (samples, m); their mean is the batch's value."""
+        """Per-sample values of κ uᵀS u + 2γ vᵀG u, (samples, k); their mean is the batch's value."""
         t = self.lift(u)
-        value = [kappa * a * b for a, b in zip(t, self.bend(t), strict=True)]
+        value = [kappa * a * b for a, b in zip(t, self.response.bend(t), strict=True)]
         if v is not None:
-            value += [2 * gamma * a * b for a, b in zip(t, self.pull(self.spread(v)), strict=True)]
+            value += [2 * gamma * a * b for a, b in zip(t, self.response.pull(self.spread(v)), strict=True)]
         return sum((self._per_sample(q) for q in value), t[0].new_zeros(())) * self.trace.size
 
     def _per_sample(self, q: Tensor) -> Tensor:
@@ -176,65 +153,83 @@ class InnerCurvature:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerCurvature:
-    """The curvature of one hidden layer, summed over the batches of one half of a probe."""
+    """The curvature of k neurons of a hidden layer (all m at first) on one half of a probe.
+
+    ``parts`` is gone through once a product. ``d`` and ``c`` count one neuron's incoming and outgoing weights,
+    ``outgoing`` (k, c) are the latter; the products have its dtype and are on its device.
+    """
 
     layer: HiddenLayer
-    parts: tuple[InnerCurvature, ...]
+    parts: Iterable[InnerCurvature]
+    outgoing: Tensor
+    d: int
 
     @classmethod
-    def of(cls, layer: HiddenLayer, traces: Sequence[LayerTrace]) -> LayerCurvature:
+    def of(cls, layer: HiddenLayer, parts: Iterable[InnerCurvature]) -> LayerCurvature:
         """The curvature from what the layer sees on each batch."""
-        return cls(layer, tuple(InnerCurvature(trace) for trace in traces))
-
-    @property
-    def d(self) -> int:
-        """Incoming weights of one neuron."""
-        return sum(self.parts[0].in_sizes)
+        first = next(iter(parts))
+        return cls(layer, parts, outgoing_weights(layer, first.trace.readers), sum(first.in_sizes))
 
     @property
     def c(self) -> int:
         """Outgoing weights of one neuron."""
-        return sum(self.parts[0].out_sizes)
+        return self.outgoing.shape[1]
 
-    @property
-    def like(self) -> Tensor:
-        """A tensor of the dtype and on the device that the products have."""
-        return self.parts[0].z[0]
-
-    def outgoing(self) -> Tensor:
-        """The outgoing weights v, (m, c)."""
-        return outgoing_weights(self.layer, self.parts[0].trace.readers)
+    def restricted(self, rows: Tensor) -> LayerCurvature:
+        """The curvature of some of the k neurons, given by their indices."""
+        return replace(self, parts=_restricted(self.parts, rows), outgoing=self.outgoing[rows])
 
     def hessian(self, u: Tensor) -> Tensor:
-        """S_r u_r for every neuron, (m, d) → (m, d)."""
-        return self._sum(lambda part: part.hessian(u))
+        """S_r u_r for every neuron, (k, d) → (k, d)."""
+        return self._mean(lambda part: (part.hessian(u),))[0]
 
     def coupling(self, u: Tensor) -> Tensor:
-        """G_r u_r for every neuron, (m, d) → (m, c)."""
-        return self._sum(lambda part: part.coupling(u))
+        """G_r u_r for every neuron, (k, d) → (k, c)."""
+        return self._mean(lambda part: (part.coupling(u),))[0]
 
     def coupling_adjoint(self, v: Tensor) -> Tensor:
-        """G_rᵀ v_r for every neuron, (m, c) → (m, d)."""
-        return self._sum(lambda part: part.coupling_adjoint(v))
+        """G_rᵀ v_r for every neuron, (k, c) → (k, d)."""
+        return self._mean(lambda part: (part.coupling_adjoint(v),))[0]
+
+    def joint(self, u: Tensor, v: Tensor, kappa: float, gamma: float) -> tuple[Tensor, Tensor]:
+        """κ S u + γ Gᵀ v (k, d) and γ G u (k, c) for every neuron."""
+        top, bottom = self._mean(lambda part: part.joint(u, v, kappa, gamma))
+        return top, bottom
+
+    def mean_input(self) -> Tensor:
+        """The direction of the mean input of a neuron, which its curvature often stretches most, (d,)."""
+        return torch.nn.functional.normalize(self._mean(lambda part: (part.total_input(),))[0][0], dim=0)
 
     def quotients(self, u: Tensor, v: Tensor | None = None, kappa: float = 1.0, gamma: float = 0.0) -> Tensor:
-        """Per-sample values of κ uᵀS u + 2γ vᵀG u over the whole half, (samples, m)."""
+        """Per-sample values of κ uᵀS u + 2γ vᵀG u over the whole half, (samples, k)."""
         return torch.cat([part.quotients(u, v, kappa, gamma) for part in self.parts])
 
-    def dense(self, product: Callable[[Tensor], Tensor], neurons: Sequence[int] | None = None) -> Tensor:
-        """The matrices of a product for k neurons (all by default), column by column in d products, (k, …, d)."""
-        m, d = self.layer.width, self.d
-        chosen = list(range(m)) if neurons is None else list(neurons)
-        if any(not 0 <= r < m for r in chosen):
-            raise SplitWatchError(f"neurons: required indices from 0 to {m - 1}, found {chosen}")
-        units = torch.eye(d, dtype=self.like.dtype, device=self.like.device)
-        return torch.stack([product(unit.expand(m, d).contiguous())[chosen] for unit in units], dim=-1)
+    def dense(self, product: Callable[[Tensor], Tensor]) -> Tensor:
+        """The matrices of a product for the k neurons, column by column in d products, (k, …, d)."""
+        units = torch.eye(self.d, dtype=self.outgoing.dtype, device=self.outgoing.device)
+        return torch.stack([product(unit.expand(len(self.outgoing), -1).contiguous()) for unit in units], dim=-1)
 
-    def _sum(self, product: Callable[[InnerCurvature], Tensor]) -> Tensor:
-        total = self.parts[0].trace.share * product(self.parts[0])
-        for part in self.parts[1:]:
-            total = total + part.trace.share * product(part)
-        return total
+    def _mean(self, products: Callable[[InnerCurvature], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        totals: list[Tensor] = []
+        for part in self.parts:
+            scaled = [value.mul_(part.trace.share) for value in products(part)]
+            totals = [a.add_(b) for a, b in zip(totals, scaled, strict=True)] if totals else scaled
+        return tuple(summed(total) for total in totals)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Restricted:
+    """Parts that are not kept, each restricted to some neurons as it comes."""
+
+    parts: Iterable[InnerCurvature]
+    rows: Tensor
+
+    def __iter__(self) -> Iterator[InnerCurvature]:
+        return (part.restricted(self.rows) for part in self.parts)
+
+
+def _restricted(parts: Iterable[InnerCurvature], rows: Tensor) -> Iterable[InnerCurvature]:
+    return tuple(part.restricted(rows) for part in parts) if isinstance(parts, tuple) else _Restricted(parts, rows)
 
 
 def inner_hessian(
@@ -249,22 +244,41 @@ def inner_hessian(
         neurons: which k neurons; all m of them by default.
         half: the half of the probe to measure on: "fitted", "held_out" or "all".
 
+    Raises:
+        SplitWatchError: the loss is not finite, does not depend on the layer, or has no such layer or neurons.
+
     Source: Ding, Li & Sun 2026 (inner Hessian); Liu, Wu & Wang 2019 (splitting matrix).
     """
-    curvature = layer_curvature(model, layer, probe, half)
-    return curvature.dense(curvature.hessian, neurons)
+    curvature = layer_curvature(model, layer, probe, half, neurons)
+    return curvature.dense(curvature.hessian)
 
 
 def coupling(
     model: nn.Module, layer: HiddenLayer | str, probe: Probe, neurons: Sequence[int] | None = None, half: str = "all"
 ) -> Tensor:
     """Dense couplings G_r = E[e σ'(w_r·x) xᵀ], (k, c, d); arguments as for ``inner_hessian``."""
-    curvature = layer_curvature(model, layer, probe, half)
-    return curvature.dense(curvature.coupling, neurons)
+    curvature = layer_curvature(model, layer, probe, half, neurons)
+    return curvature.dense(curvature.coupling)
 
 
-def layer_curvature(model: nn.Module, layer: HiddenLayer | str, probe: Probe, half: str = "all") -> LayerCurvature:
-    """The curvature of one hidden layer on one half of the probe."""
+def layer_curvature(
+    model: nn.Module, layer: HiddenLayer | str, probe: Probe, half: str = "all", neurons: Sequence[int] | None = None
+) -> LayerCurvature:
+    """The curvature of some neurons of one hidden layer, all by default, on one half of the probe."""
     if isinstance(layer, str):
         (layer,) = select_layers(find_hidden_layers(model, probe), [layer])
-    return LayerCurvature.of(layer, probe.capture(model, [layer], half)[layer.name])
+    chosen = range(layer.width) if neurons is None else neurons
+    if not all(0 <= r < layer.width for r in chosen):
+        raise SplitWatchError(f"neurons: required indices from 0 to {layer.width - 1}, found {list(chosen)}")
+    curvature = LayerCurvature.of(layer, parts_of(probe.capture(model, [layer], half)[layer.name]))
+    if neurons is None:
+        return curvature
+    return curvature.restricted(torch.tensor(list(chosen), device=curvature.outgoing.device))
+
+
+def parts_of(traces: Iterable[LayerTrace]) -> tuple[InnerCurvature, ...]:
+    """The curvature on each batch; which derivatives are diagonal is tested on the first and holds for the others."""
+    parts: list[InnerCurvature] = []
+    for trace in traces:
+        parts.append(InnerCurvature(trace, parts[0].response.pattern if parts else None))
+    return tuple(parts)

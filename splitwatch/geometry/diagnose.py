@@ -42,11 +42,9 @@ def diagnose_splits(
     if max(incoming.shape[1], outgoing.shape[1]) > DENSE_LIMIT:
         reason = f"the neuron has more than {DENSE_LIMIT} weights on a side, too many for dense matrices"
         return tuple(PlateauVerdict("inconclusive", reason, (0, 0, 0), tuple(lam)) for lam in coefficients)
-    halves = [layer_curvature(model, layer, probe, half) for half in ("fitted", "held_out")]
-    S, S_error = _mean_and_error([half.dense(half.hessian, [neuron])[0] for half in halves])
-    G, G_error = _mean_and_error(
-        [_project(half.dense(half.coupling, [neuron])[0], outgoing[neuron]) for half in halves]
-    )
+    halves = [layer_curvature(model, layer, probe, half, [neuron]) for half in ("fitted", "held_out")]
+    S, S_error = _mean_and_error([half.dense(half.hessian)[0] for half in halves])
+    G, G_error = _mean_and_error([_project(half.dense(half.coupling)[0], outgoing[neuron]) for half in halves])
     values, right = torch.linalg.svd(G)[1:]
     rank = int((values > max(G_error, float(values.amax()) * _rounding(G))).sum())
     kernel = right[rank:]

@@ -1,24 +1,30 @@
 """Extreme eigenpairs of many symmetric operators at once, from products alone; never sees a model.
 
 Lanczos with full reorthogonalisation, one starting vector an operator, all in step (Golub & Van Loan, Matrix
-Computations, ch. 10). No epsilon is absolute. In the shapes m counts the operators, n their dimension.
+Computations, ch. 10). An operator stops by itself; once a quarter of those that remain have stopped, products go on for
+the others only. No epsilon is absolute. In the shapes m counts the operators, n their dimension.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from splitwatch.geometry.krylov import Operators, Ritz, Scaled, Screen, lanczos, scaled
 from splitwatch.records import SplitWatchError
 
 Product = Callable[[Tensor], Tensor]
+Ends = Literal["both", "min", "max"]
+_NEEDED: dict[Ends, list[int]] = {"both": [0, 1], "min": [0], "max": [1]}
+
 _DENSE_DIMENSION = 24  # up to here n products and a dense eigh cost no more than iterating, and leave nothing unproved
 _MAX_PRODUCTS = 200
-_FIRST_CHECK = 4
-_SAFETY = 0.9  # stop a little below the tolerance, so that rounding does not lift the true residual above it
+_GENERIC = 0.3  # share of randomness beside a given start: no eigenvector is then missed for being orthogonal to it
+_PLANNED_BASIS = 32  # vectors an operator, for which room is set aside; most need fewer, and the few that need more fit
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,7 +35,8 @@ class ExtremeEigenpairs:
     (m, n), ``residual`` (m, 2) the true norms |A u − θ u| of (min, max), ``scale`` (m,) the largest |θ|, close to ‖A‖.
     ``converged`` (m, 2) says where residual ≤ tolerance · scale: an eigenvalue is that near, not always the extreme
     one; λ_min ≤ min_value ≤ max_value ≤ λ_max always holds. ``exhausted`` (m,) marks operators whose Krylov space is
-    invariant or full: from a generic start their values are extreme up to rounding. ``products`` counts applications.
+    invariant or full: from a generic start their values are extreme up to rounding. ``screened`` (m,) marks operators
+    left early because their minimum is not among the ``wanted`` lowest. ``products`` counts applications.
     """
 
     min_value: Tensor
@@ -41,25 +48,45 @@ class ExtremeEigenpairs:
     scale: Tensor
     products: int
     exhausted: Tensor
+    screened: Tensor
 
 
 def extreme_eigenpairs(
-    product: Product,
+    product: Product | Operators,
     m: int,
     n: int,
     *,
     dtype: torch.dtype,
     device: torch.device | str,
+    ends: Ends = "both",
     tolerance: float = 1e-3,
+    wanted: int | None = None,
     max_products: int | None = None,
+    max_bytes: int | None = None,
+    start: Tensor | None = None,
     seed: int = 0,
 ) -> ExtremeEigenpairs:
     """Smallest and largest eigenpair of each of m symmetric operators of dimension n.
 
-    ``product`` maps (m, n), one vector an operator in its row, to the images (m, n), in ``dtype`` on ``device``. An
-    operator is finished once both residuals are below ``tolerance`` · ‖A‖. ``max_products`` bounds the dimension of the
-    Krylov spaces, by default min(n, 200); two more products measure the true residuals. ``seed`` fixes the starting
-    vectors, the same on every device. Autocast is off inside; TF32, a setting of the process, is the caller's to avoid.
+    Args:
+        product: maps (m, n), one vector an operator in its row, to the images (m, n), in ``dtype`` on ``device``. If
+            it has a method ``restricted(rows)``, that gives the product of some of the operators, (k, n) → (k, n).
+        m: number of operators.
+        n: their dimension.
+        dtype: of the vectors.
+        device: of the vectors.
+        ends: which end an operator has to reach; the other one is as good as its Krylov space makes it.
+        tolerance: an operator is finished once the residuals of its ends are below ``tolerance`` · ‖A‖.
+        wanted: iterate only on operators whose minimum can be among the ``wanted`` lowest of all; the others stop as
+            soon as their minimum is known well enough to tell. For ``ends="min"``.
+        max_products: bound on the dimension of the Krylov spaces, by default min(n, 200).
+        max_bytes: bound on the Krylov bases; operators are worked off in groups for which 32 vectors each, with their
+            images, fit.
+        start: a unit vector (n,) that many of the operators stretch, if one is known: random starting vectors lean
+            towards it. Without one they are random alone.
+        seed: of the starting vectors, the same on every device.
+
+    Autocast is off inside; TF32, a setting of the process, is the caller's to avoid.
 
     Raises:
         SplitWatchError: where n or max_products is below 1, or the product is not finite or not of shape (m, n).
@@ -67,136 +94,53 @@ def extreme_eigenpairs(
     limit = min(n, _MAX_PRODUCTS if max_products is None else max_products)
     if limit < 1:
         raise SplitWatchError(f"n and max_products must be at least 1, found n = {n}, max_products = {max_products}")
-    scaled = _Scaled(product)
-    exhausted = torch.ones(m, dtype=torch.bool)
+    each = 2 * n * torch.finfo(dtype).bits // 8 * min(limit, _PLANNED_BASIS)
+    size = max(1, m if max_bytes is None else min(m, max_bytes // each))
+    screen = Screen(m, wanted if ends == "min" else None)
+    random = torch.nn.functional.normalize(torch.randn(m, n, generator=torch.Generator().manual_seed(seed)))
+    found = Ritz.empty(m, n, random[:0].to(device, dtype))
+    products = 0
     with torch.autocast(torch.device(device).type, enabled=False):
-        if m == 0:
-            vectors = images = torch.zeros(0, 2, n, dtype=dtype, device=device)
-        elif n <= min(_DENSE_DIMENSION, limit):
-            vectors, images = _dense(scaled, m, n, dtype, device)
-        else:
-            start = torch.randn(m, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-            start = (start / start.norm(dim=1, keepdim=True)).to(device, dtype)
-            vectors, exhausted = _lanczos(scaled, start, tolerance, limit)
-            images = torch.stack([scaled(end) for end in vectors.unbind(1)], dim=1)
-    return _measured(vectors, images, exhausted, scaled, tolerance)
+        for first in range(0, m, size):
+            rows = torch.arange(first, min(first + size, m))
+            operators = scaled(product, m, None if len(rows) == m else rows.to(device))
+            vectors = random[rows].to(device, dtype) * (1 if start is None else _GENERIC)
+            vectors = vectors if start is None else vectors + start.to(vectors)
+            vectors /= vectors.norm(dim=1, keepdim=True)
+            part = found.part(first, first + len(rows))
+            if n <= min(_DENSE_DIMENSION, limit):
+                products += _from_matrices(operators, vectors, part)
+            else:
+                products += lanczos(operators, vectors, _NEEDED[ends], tolerance, limit, screen, part)
+    return _unscaled(found, products, tolerance)
 
 
 def dense_operator(product: Product, m: int, n: int, *, dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """The matrices (m, n, n) of the operators, column by column, in n products; not symmetrised."""
-    return torch.stack([_checked(product, e.repeat(m, 1)) for e in torch.eye(n, dtype=dtype, device=device)], dim=2)
+    return _dense(scaled(product, m, None), m, torch.eye(n, dtype=dtype, device=device))
 
 
-def _checked(product: Product, vectors: Tensor) -> Tensor:
-    images = product(vectors).detach()
-    if images.shape != vectors.shape:
-        raise SplitWatchError(f"product must return the shape {tuple(vectors.shape)}, found {tuple(images.shape)}")
-    broken = (~images.isfinite().all(dim=1)).nonzero().flatten().tolist()
-    if broken:
-        found = f"found inf or nan in {len(broken)} of {len(images)} operators (first rows: {broken[:8]})"
-        raise SplitWatchError(f"product must be finite, {found}; look for overflow, or a loss that is not finite")
-    return images.to(vectors.dtype)
+def _dense(operators: Scaled, m: int, units: Tensor) -> Tensor:
+    return torch.stack([operators.raw(unit.repeat(m, 1)) for unit in units], dim=2)
 
 
-class _Scaled:
-    """The operators divided by a power of two near their own size: exact, and no square in here under- or overflows."""
-
-    def __init__(self, product: Product) -> None:
-        self.product = product
-        self.products = 0
-        self.unit = torch.ones(1, 1)  # (m, 1) once known
-
-    def __call__(self, vectors: Tensor) -> Tensor:
-        images = _checked(self.product, vectors)
-        if self.products == 0:
-            self.calibrate(images)
-        self.products += 1
-        return images / self.unit
-
-    def calibrate(self, images: Tensor) -> None:
-        largest = images.abs().amax(dim=1, keepdim=True)
-        power = largest / (2 * torch.frexp(largest).mantissa)
-        self.unit = torch.where(largest > 0, power.clamp(min=torch.finfo(images.dtype).tiny), 1.0)
-
-
-def _dense(scaled: _Scaled, m: int, n: int, dtype: torch.dtype, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Unit vectors of both ends (m, 2, n) and their images, from the whole matrices."""
-    raw = dense_operator(scaled.product, m, n, dtype=dtype, device=device)
-    scaled.products = n
-    scaled.calibrate(raw.flatten(1))  # one column may vanish, the whole matrix does so only with the operator
-    matrices = (raw / scaled.unit[:, :, None]).cpu().double()
-    vectors = torch.linalg.eigh((matrices + matrices.mT) / 2).eigenvectors[:, :, [0, -1]].mT.to(device, dtype)
-    return vectors, vectors.cpu().double() @ matrices.mT  # the images of what is returned, its rounding included
-
-
-def _lanczos(scaled: _Scaled, vectors: Tensor, tolerance: float, limit: int) -> tuple[Tensor, Tensor]:
-    """Unit Ritz vectors of both ends (m, 2, n) from the starting vectors (m, n), and which rows are exhausted (m,)."""
+def _from_matrices(operators: Scaled, vectors: Tensor, found: Ritz) -> int:
+    """Both ends from the whole matrices; returns the number of products."""
     m, n = vectors.shape
-    precision = 10 * torch.finfo(vectors.dtype).eps * n**0.5
-    ritz = _Ritz(m, limit, max(_SAFETY * tolerance, precision))
-    basis, size, check = vectors.new_zeros(m, min(8, limit), n), vectors.new_zeros(m), _FIRST_CHECK
-    for j in range(1, limit + 1):
-        if j > basis.shape[1]:
-            basis = torch.cat([basis, torch.zeros_like(basis)[:, : limit - basis.shape[1]]], dim=1)
-        basis[:, j - 1] = vectors
-        images = scaled(vectors)
-        size = torch.maximum(size, images.norm(dim=1))
-        alpha = (vectors * images).sum(dim=1)
-        images = _orthogonalised(images, basis[:, :j])
-        beta = images.norm(dim=1)
-        invariant = (beta <= precision * size) | (j == n)
-        due = j in (check, limit)
-        ritz.extend(j, alpha.cpu(), beta.cpu(), invariant.cpu(), due)
-        if not ritz.live.any():
-            break
-        check += max(2, j // 5) if due else 0
-        # Finished rows go on as zeros: that costs no branch, and nothing reads what they append.
-        vectors = torch.where(ritz.live.to(beta.device)[:, None], images / beta[:, None], 0)
-    ends = ritz.coefficients.to(basis)[:, :, : basis.shape[1]] @ basis
-    return ends / ends.norm(dim=2, keepdim=True), ritz.exhausted
+    raw = _dense(operators, m, torch.eye(n, dtype=vectors.dtype, device=vectors.device))
+    operators.calibrate(raw.flatten(1))  # one column may vanish, the whole matrix does so only with the operator
+    matrices = (raw / operators.unit[:, :, None]).double()
+    found.vectors[:] = torch.linalg.eigh((matrices + matrices.mT) / 2).eigenvectors[:, :, [0, -1]].mT
+    found.measure(torch.arange(m), found.vectors, (found.vectors.double() @ matrices.mT).to(vectors))
+    found.exhausted[:], found.unit[:] = True, operators.unit
+    return n
 
 
-def _orthogonalised(images: Tensor, basis: Tensor) -> Tensor:
-    """Images (m, n) less their parts in the basis (m, j, n)."""
-    for _ in range(2):  # once is not enough where most of an image cancels; twice is
-        images = images - ((basis @ images[:, :, None]).mT @ basis)[:, 0]
-    return images
-
-
-class _Ritz:
-    """The tridiagonal projections of the operators, and the two extreme Ritz pairs of each; float64 on the CPU."""
-
-    def __init__(self, m: int, limit: int, threshold: float) -> None:
-        self.alpha, self.beta = torch.zeros(2, m, limit, dtype=torch.float64)
-        self.coefficients = torch.zeros(m, 2, limit, dtype=torch.float64)  # of the Ritz vectors in the basis
-        self.live, self.exhausted, self.passed = torch.full((m,), True), *torch.full((2, m), False)
-        self.threshold = threshold
-
-    def extend(self, j: int, alpha: Tensor, beta: Tensor, invariant: Tensor, due: bool) -> None:
-        """Append step j, and finish the rows that became invariant or, where a check is due, that have converged."""
-        self.alpha[:, j - 1], self.beta[:, j - 1] = alpha, beta
-        self.exhausted |= self.live & invariant
-        # An invariant row is solved at once, at its own size, so no matrix ever holds entries of a dead direction.
-        rows = (self.live & (invariant | due)).nonzero().flatten()
-        lower = torch.diag_embed(self.beta[rows, : j - 1], offset=-1)  # all that eigh reads, beside the diagonal
-        values, vectors = torch.linalg.eigh(torch.diag_embed(self.alpha[rows, :j]) + lower)
-        ends = vectors[:, :, [0, -1]].mT
-        residual = self.beta[rows, j - 1, None] * ends[:, :, -1].abs()
-        reached = (residual <= self.threshold * values.abs().amax(dim=1, keepdim=True)).all(dim=1)
-        self.coefficients[rows, :, :j] = ends
-        # A residual proves that an eigenvalue is near, not that it is the extreme one: a row has to pass twice, with
-        # the steps in between left to turn up something lower or higher.
-        self.live[rows] = ~(reached & self.passed[rows] | invariant[rows])
-        self.passed[rows] = reached
-
-
-def _measured(u: Tensor, images: Tensor, exhausted: Tensor, scaled: _Scaled, tolerance: float) -> ExtremeEigenpairs:
-    """Rayleigh quotients and true residuals of unit vectors (m, 2, n) with known images, in float64, then unscaled."""
-    vectors, images, unit = u.cpu().double(), images.cpu().double(), scaled.unit.cpu().double()
-    theta = (vectors * images).sum(dim=2)
-    residual = (images - theta[:, :, None] * vectors).norm(dim=2)
-    scale = theta.abs().amax(dim=1, keepdim=True)
-    converged, exhausted = (residual <= tolerance * scale).to(u.device), exhausted.to(u.device)
-    theta, residual, scale = ((x * unit).to(u) for x in (theta, residual, scale))
-    (low, high), (u_low, u_high) = theta.unbind(1), u.unbind(1)
-    return ExtremeEigenpairs(low, high, u_low, u_high, residual, converged, scale[:, 0], scaled.products, exhausted)
+def _unscaled(found: Ritz, products: int, tolerance: float) -> ExtremeEigenpairs:
+    scale = found.values.abs().amax(dim=1, keepdim=True)
+    converged = found.residual <= tolerance * scale
+    unit, like = found.unit.double(), found.vectors
+    values, residual, scale = ((x * unit).to(like) for x in (found.values, found.residual, scale))
+    converged, exhausted, screened = (x.to(like.device) for x in (converged, found.exhausted, found.screened))
+    (low, high), (u_low, u_high) = values.unbind(1), like.unbind(1)
+    return ExtremeEigenpairs(low, high, u_low, u_high, residual, converged, scale[:, 0], products, exhausted, screened)

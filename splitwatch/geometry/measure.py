@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from statistics import NormalDist
 
 import torch
 from torch import Tensor, nn
 
-from splitwatch.geometry.curvature import LayerCurvature
-from splitwatch.geometry.eigen import ExtremeEigenpairs, extreme_eigenpairs
+from splitwatch.geometry.curvature import LayerCurvature, parts_of
+from splitwatch.geometry.eigen import extreme_eigenpairs
 from splitwatch.geometry.plateau import splitting_modes
 from splitwatch.layers import find_hidden_layers, select_layers
 from splitwatch.probe import Probe
@@ -45,8 +47,8 @@ def measure_geometry(
     fitted, held_out = (probe.capture(model, chosen, half) for half in ("fitted", "held_out"))
     measured = {}
     for layer in chosen:
-        curvature = LayerCurvature.of(layer, fitted.pop(layer.name))
-        check = LayerCurvature.of(layer, held_out.pop(layer.name))
+        curvature = LayerCurvature.of(layer, parts_of(fitted.pop(layer.name)))
+        check = LayerCurvature.of(layer, parts_of(held_out.pop(layer.name)))
         measured[layer.name] = _measure(curvature, check, tolerance, confidence, seed)
     return measured
 
@@ -61,51 +63,90 @@ def resolve_layers(
     return select_layers(find_hidden_layers(model, probe), names)
 
 
-class EscapeOperator:
-    """M = [[κ S, γ Gᵀ P], [γ P G, 0]] on (u, v), with P = I − v̂ v̂ᵀ along the outgoing weights.
+@dataclass(frozen=True, slots=True)
+class InnerHessian:
+    """S of k neurons, (k, d) → (k, d)."""
+
+    curvature: LayerCurvature
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """S u."""
+        return self.curvature.hessian(u)
+
+    def restricted(self, rows: Tensor) -> InnerHessian:
+        """The same for some of the neurons."""
+        return InnerHessian(self.curvature.restricted(rows))
+
+
+@dataclass(frozen=True, slots=True)
+class Across:
+    """P = I − v̂ v̂ᵀ on outgoing directions (k, c), for unit vectors v̂ along the outgoing weights.
 
     P removes what G has only because the point is not quite stationary: v̂ᵀ G is the gradient in w over |v|.
     """
 
-    def __init__(self, curvature: LayerCurvature, kappa: float, gamma: float) -> None:
-        self.curvature, self.kappa, self.gamma = curvature, kappa, gamma
-        self.axis = torch.nn.functional.normalize(curvature.outgoing(), dim=1, eps=0.0).nan_to_num()
+    axis: Tensor
 
-    def project(self, v: Tensor) -> Tensor:
-        """P v for every neuron, (m, c)."""
-        return v - (v * self.axis).sum(1, keepdim=True) * self.axis
+    @classmethod
+    def of(cls, curvature: LayerCurvature) -> Across:
+        """The projection for the neurons of a layer; where v = 0 it is the identity."""
+        return cls(torch.nn.functional.normalize(curvature.outgoing, dim=1, eps=0.0).nan_to_num())
 
-    def coupling(self, u: Tensor) -> Tensor:
-        """P G u for every neuron, (m, d) → (m, c)."""
-        return self.project(self.curvature.coupling(u))
+    def __call__(self, v: Tensor) -> Tensor:
+        """P v."""
+        return v.addcmul(self.axis, (v * self.axis).sum(1, keepdim=True), value=-1)
 
-    def coupling_gram(self, u: Tensor) -> Tensor:
-        """(P G)ᵀ P G u for every neuron, (m, d) → (m, d)."""
-        return self.curvature.coupling_adjoint(self.coupling(u))
+
+@dataclass(frozen=True, slots=True)
+class CouplingGram:
+    """(P G)ᵀ P G of k neurons, (k, d) → (k, d)."""
+
+    curvature: LayerCurvature
+    across: Across
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """(P G)ᵀ P G u."""
+        return self.curvature.coupling_adjoint(self.across(self.curvature.coupling(u)))
+
+    def restricted(self, rows: Tensor) -> CouplingGram:
+        """The same for some of the neurons."""
+        return CouplingGram(self.curvature.restricted(rows), Across(self.across.axis[rows]))
+
+
+@dataclass(frozen=True, slots=True)
+class EscapeOperator:
+    """M = [[κ S, γ Gᵀ P], [γ P G, 0]] of k neurons on (u, v), (k, d + c) → (k, d + c)."""
+
+    curvature: LayerCurvature
+    across: Across
+    kappa: float
+    gamma: float
 
     def __call__(self, pair: Tensor) -> Tensor:
-        """M (u, v) for every neuron, (m, d + c) → (m, d + c)."""
+        """M (u, v)."""
         u, v = pair.split([self.curvature.d, self.curvature.c], dim=1)
-        top = self.kappa * self.curvature.hessian(u)
-        top = top + self.gamma * self.curvature.coupling_adjoint(self.project(v))
-        return torch.cat([top, self.gamma * self.coupling(u)], dim=1)
+        top, bottom = self.curvature.joint(u, self.across(v), self.kappa, self.gamma)
+        return torch.cat([top, self.across(bottom)], dim=1)
+
+    def restricted(self, rows: Tensor) -> EscapeOperator:
+        """The same for some of the neurons."""
+        return replace(self, curvature=self.curvature.restricted(rows), across=Across(self.across.axis[rows]))
 
 
 def _measure(
     curvature: LayerCurvature, check: LayerCurvature, tolerance: float, confidence: float, seed: int
 ) -> LayerGeometry:
-    def extremes(product: Callable[[Tensor], Tensor], n: int) -> ExtremeEigenpairs:
-        m, like = curvature.layer.width, curvature.like
-        return extreme_eigenpairs(product, m, n, dtype=like.dtype, device=like.device, tolerance=tolerance, seed=seed)
-
+    v, d, c, across = curvature.outgoing, curvature.d, curvature.c, Across.of(curvature)
+    solve = partial(extreme_eigenpairs, m=len(v), dtype=v.dtype, device=v.device, tolerance=tolerance, seed=seed)
     modes = splitting_modes(EQUAL)
     kappa, gamma = float(modes.curvature[0]), float(modes.coupling[0])
-    operator = EscapeOperator(curvature, kappa, gamma)
-    inner = extremes(curvature.hessian, curvature.d)
-    gram = extremes(operator.coupling_gram, curvature.d)
-    escape = extremes(operator, curvature.d + curvature.c)
-    escape_in, escape_out = escape.min_vector.split([curvature.d, curvature.c], dim=1)
-    escape_out = operator.project(escape_out)
+    start = curvature.mean_input()
+    inner = solve(InnerHessian(curvature), n=d, start=start)
+    gram = solve(CouplingGram(curvature, across), n=d, ends="max", start=start)
+    operator, start = EscapeOperator(curvature, across, kappa, gamma), torch.cat([start, start.new_zeros(c)])
+    escape = solve(operator, n=d + c, ends="min", start=start)
+    escape_in, escape_out = escape.min_vector.split([d, c], dim=1)
+    escape_out = across(escape_out)
     return LayerGeometry(
         layer=curvature.layer.name,
         min_eigenvalue=inner.min_value,
@@ -121,7 +162,7 @@ def _measure(
         interval=mean_interval(check.quotients(inner.min_vector), confidence),
         max_interval=mean_interval(check.quotients(inner.max_vector), confidence),
         escape_interval=mean_interval(check.quotients(escape_in, escape_out, kappa, gamma), confidence),
-        stationarity_residual=curvature.coupling_adjoint(operator.axis).norm(dim=1),
+        stationarity_residual=curvature.coupling_adjoint(across.axis).norm(dim=1),
     )
 
 
