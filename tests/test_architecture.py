@@ -13,6 +13,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up; a module may import from its own room and from those before it.
 ROOMS = (
     "records",
+    "ranks",
+    "metrics",
     "undisturbed",
     "batches",
     "tape",
