@@ -15,6 +15,7 @@ ROOMS = (
     "records",
     "ranks",
     "metrics",
+    "budget",
     "undisturbed",
     "batches",
     "tape",

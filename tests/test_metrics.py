@@ -1,4 +1,4 @@
-"""The metrics: textbook formulas in numpy on ragged batches, merging, and two real processes."""
+"""The metrics: textbook formulas in numpy on ragged batches, merged or not."""
 
 import math
 
@@ -7,9 +7,8 @@ import pytest
 import torch
 import torchmetrics
 from scipy import stats
-from torch import distributed, multiprocessing, nn
 
-from splitwatch import GradientNoise, HeldOutQuotient, Probe, ProbeLoss, SplitWatchError, StationarityDetector
+from splitwatch import GradientNoise, HeldOutQuotient, ProbeLoss, SplitWatchError
 from splitwatch.geometry.measure import mean_interval
 
 SIZES = [4, 36, 10, 1, 4, 16, 16, 8]
@@ -198,52 +197,3 @@ def test_forward_keeps_no_more_than_update():
 def test_what_makes_no_sense_is_named(match, action):
     with pytest.raises(SplitWatchError, match=match):
         action()
-
-
-def regression(half=slice(None)):
-    torch.manual_seed(0)
-    model = nn.Linear(3, 1).double()
-    x = torch.randn(800, 3, dtype=torch.float64)
-    y = x.sum(1, keepdim=True) + torch.randn(800, 1, dtype=torch.float64)
-    batches = list(zip(x.split(50), y.split(50), strict=True))[half]
-    return model, Probe(batches, lambda m, b: (m(b[0]) - b[1]).square().mean())
-
-
-def verdict(half=slice(None), losses=()):
-    """A verdict on some of the batches after some losses, and the block means."""
-    model, probe = regression(half)
-    detector = StationarityDetector(10)
-    for loss in losses:
-        detector.update(loss)
-    return detector.test(model, probe, 32), detector.means
-
-
-def rank_main(rank, folder):
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    half = slice(None, None, 2) if rank == 0 else slice(1, None, 2)
-    metrics = every_metric(half)
-    found = {name: metric.compute() for name, metric in metrics.items()}
-    left = {name: len(getattr(metric, "sums", [0] * 4)) for name, metric in metrics.items()}  # the rank's own again
-    numbers = [
-        (tested.kind, tested.gradient_norm, tested.gradient_bound, tested.noise, tested.loss, tuple(means))
-        for tested, means in (verdict(half), verdict(half, losses=[1.0 + 2 * rank] * 10))
-    ]
-    torch.save((found, left, numbers), f"{folder}/{rank}")
-    distributed.destroy_process_group()
-
-
-def test_two_processes_compute_what_one_does(tmp_path):
-    multiprocessing.spawn(rank_main, (str(tmp_path),), nprocs=2)
-    wanted = {name: metric.compute() for name, metric in every_metric().items()}
-    results = [torch.load(tmp_path / str(rank)) for rank in range(2)]
-    for found, left, numbers in results:
-        torch.testing.assert_close(found, wanted, **EXACT)
-        assert left["noise"] == 4
-        alone, _ = verdict()
-        assert numbers[0][0] == alone.kind
-        assert numbers[0][1:5] == pytest.approx(
-            (alone.gradient_norm, alone.gradient_bound, alone.noise, alone.loss), rel=1e-12
-        )
-        assert numbers[1][4:] == (2.0, (2.0,) * 10)  # of the losses 1 on one rank and 3 on the other
-    assert results[0][2] == results[1][2]
