@@ -48,16 +48,18 @@ class Budget:
 
     def enter(self) -> None:
         """Monitoring begins."""
-        self._entered = perf_counter()
+        now = self._entered = perf_counter()
         if self._left is not None:
-            self.training += self._entered - self._left
+            self.training += now - self._left
             self._left = None
 
     def leave(self, kind: str = "", *, charged: bool = True) -> None:
         """Monitoring ends; what it cost is remembered as the cost of that ``kind``, and spent if it is ``charged``."""
-        cost, self._left = self.inside, perf_counter()
+        now = self._left = perf_counter()
+        cost = 0.0 if self._entered is None else now - self._entered
         self._entered = None
-        self.spent += cost if charged else 0.0
+        if charged:
+            self.spent += cost
         if kind:
             self.costs[kind] = cost
 

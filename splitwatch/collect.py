@@ -16,7 +16,7 @@ RECENT = 64
 
 
 class ProbeCollector:
-    """Keeps training batches until it has ``samples`` distinct samples, or hardly any new ones come.
+    """Keeps training batches until it has ``samples`` distinct samples, or hardly any new ones come: then it is ready.
 
     A sample that comes again (in a later epoch) is dropped, so that no sample stands in both halves of the probe.
     """
@@ -30,16 +30,12 @@ class ProbeCollector:
         self.batches: list[Batch] = []
         self._seen: set[float] = set()
         self._news = 1.0
+        self.ready = False
 
     @property
     def samples(self) -> int:
         """Distinct samples collected."""
         return len(self._seen)
-
-    @property
-    def ready(self) -> bool:
-        """Whether a probe can be made: enough samples, or hardly any new ones left in the data."""
-        return len(self.batches) >= 2 and (self.samples >= self.target or self._news < 0.1)
 
     def add(self, batch: Batch) -> None:
         """Take over the samples of a batch that were not seen before; free once the probe is ready."""
@@ -53,6 +49,7 @@ class ProbeCollector:
         if rows:
             self._seen.update(prints[i] for i in rows)
             self.batches.append(pytree.tree_map(_kept, select_samples(batch, torch.tensor(rows))))
+        self.ready = len(self.batches) >= 2 and (self.samples >= self.target or self._news < 0.1)
 
     def probe(self, loss_fn: LossFunction) -> Probe:
         """The probe over everything collected."""

@@ -65,7 +65,8 @@ class Grower:
 
     ``events`` keeps what was measured; only the last event with geometry keeps its tensors, of those before it only the
     plans that were carried out do. Sinks get every event whole. Where several processes train together, each calls
-    ``step`` on its own batches; when to measure, and whether the point is stationary, they decide together.
+    ``step`` on its own batches; when to measure, and whether the point is stationary, they decide together. Geometry is
+    each rank's own, so such a run can only be monitored.
 
     Source of the procedure: docs/architecture.md.
     """
@@ -108,13 +109,15 @@ class Grower:
         """Take note of one training step; returns whether a measurement is due."""
         self.budget.enter()
         self.steps += 1
-        self.batch_size = max(self.batch_size, batch_size(batch))
-        if self.fixed_probe is None:
+        collecting = self.fixed_probe is None and not self.collector.ready
+        if collecting:
             self.collector.add(batch)
         verdict = self.detector.update(loss)
-        self.verdict = verdict or self.verdict
-        if verdict is not None and verdict.kind == "suspected" and not self._finished:
-            self.pending = self._due()
+        if collecting or verdict or self.steps == 1:
+            self.batch_size = max(self.batch_size, batch_size(batch))
+        if verdict:
+            self.verdict = verdict
+            self.pending = verdict.kind == "suspected" and not self._finished and self._due()
         self.budget.leave()
         return self.pending
 

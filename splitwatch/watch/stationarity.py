@@ -8,6 +8,7 @@ training batch. That is an equivalence test: too few samples end in "undecided",
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,7 +53,9 @@ class StationarityDetector:
 
     def update(self, loss: Tensor | float) -> StationarityVerdict | None:
         """Take one training loss; a verdict ("moving", "suspected" or "undecided") at the end of every block."""
-        self.losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
+        if isinstance(loss, Tensor):  # a loss on a device is fetched with the others of its block, without waiting
+            loss = loss.item() if loss.is_cpu else loss.detach()
+        self.losses.append(loss)
         if len(self.losses) < self.block:
             return None
         mean = mean_over_ranks(_mean(_numbers(self.losses)))
@@ -121,7 +124,9 @@ def _loss(model: nn.Module, probe: Probe) -> float:
 def _numbers(losses: Sequence[Tensor | float]) -> list[float]:
     """The losses as numbers; those on a device are fetched together."""
     tensors = [loss.reshape(()) for loss in losses if isinstance(loss, Tensor)]
-    fetched = iter(torch.stack(tensors).tolist() if tensors else ())
+    if not tensors:
+        return [float(loss) for loss in losses]
+    fetched = iter(torch.stack(tensors).tolist())
     return [next(fetched) if isinstance(loss, Tensor) else float(loss) for loss in losses]
 
 
@@ -133,7 +138,8 @@ def _mean(values: Sequence[float]) -> float:
 def _trend(means: Sequence[float]) -> tuple[float, float]:
     """Least-squares change over the whole window and its standard error."""
     n, mean = len(means), _mean(means)
-    centre, spread = (n - 1) / 2, n * (n * n - 1) / 12
-    slope = sum((t - centre) * (value - mean) for t, value in enumerate(means)) / spread
-    scatter = [value - mean - slope * (t - centre) for t, value in enumerate(means)]
+    spread = n * (n * n - 1) / 12
+    times, values = [t - (n - 1) / 2 for t in range(n)], [value - mean for value in means]
+    slope = sum(map(operator.mul, times, values)) / spread
+    scatter = [value - slope * t for t, value in zip(times, values, strict=True)]
     return slope * n, math.sqrt(sum(value * value for value in scatter) / (n - 2) / spread) * n
