@@ -16,6 +16,7 @@ from splitwatch.growth.grow import grow
 from splitwatch.growth.plan import plan_growth
 from splitwatch.growth.policy import GrowthPolicy
 from splitwatch.layers import find_hidden_layers
+from splitwatch.metrics import GradientNoise, HeldOutQuotient, ProbeLoss
 from splitwatch.probe import Probe
 from splitwatch.records import (
     GrowthEvent,
@@ -44,14 +45,17 @@ _LAZY = {
 }
 
 __all__ = [
+    "GradientNoise",
     "Grower",
     "GrowthEvent",
     "GrowthPlan",
     "GrowthPolicy",
+    "HeldOutQuotient",
     "HiddenLayer",
     "LayerGeometry",
     "PlateauVerdict",
     "Probe",
+    "ProbeLoss",
     "Split",
     "SplitWatch",
     "SplitWatchError",

@@ -17,6 +17,9 @@ Batch = Any
 
 def batch_size(batch: Batch) -> int:
     """Number of samples in a batch: the length of the first axis of its first tensor."""
+    head = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if isinstance(head, Tensor) and head.ndim:  # what comes first in any case, without walking through the batch
+        return head.shape[0]
     for leaf in pytree.tree_leaves(batch):
         if isinstance(leaf, Tensor) and leaf.ndim:
             return leaf.shape[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -9,9 +11,12 @@ from torch.utils import _pytree as pytree
 from splitwatch.batches import Batch, batch_size, select_samples
 from splitwatch.probe import LossFunction, Probe
 
+RECENT = 64
+"""Samples over which the share of new ones is averaged, so that a few repeated ones do not end the collecting."""
+
 
 class ProbeCollector:
-    """Keeps training batches until it has ``samples`` distinct samples.
+    """Keeps training batches until it has ``samples`` distinct samples, or hardly any new ones come: then it is ready.
 
     A sample that comes again (in a later epoch) is dropped, so that no sample stands in both halves of the probe.
     """
@@ -25,28 +30,26 @@ class ProbeCollector:
         self.batches: list[Batch] = []
         self._seen: set[float] = set()
         self._news = 1.0
+        self.ready = False
 
     @property
     def samples(self) -> int:
         """Distinct samples collected."""
         return len(self._seen)
 
-    @property
-    def ready(self) -> bool:
-        """Whether a probe can be made: enough samples, or hardly any new ones left in the data."""
-        return len(self.batches) >= 2 and (self.samples >= self.target or self._news < 0.1)
-
     def add(self, batch: Batch) -> None:
-        """Take over the samples of a batch that were not seen before; free once the probe is full."""
-        if self.samples >= self.target:
+        """Take over the samples of a batch that were not seen before; free once the probe is ready."""
+        if self.ready:
             return
         prints = _fingerprints(batch)
         first = {value: i for i, value in reversed(list(enumerate(prints)))}
         rows = sorted(i for value, i in first.items() if value not in self._seen)
-        self._news = len(rows) / len(prints)
+        weight = min(len(prints) / RECENT, 1.0)
+        self._news += weight * (len(rows) / len(prints) - self._news)
         if rows:
             self._seen.update(prints[i] for i in rows)
             self.batches.append(pytree.tree_map(_kept, select_samples(batch, torch.tensor(rows))))
+        self.ready = len(self.batches) >= 2 and (self.samples >= self.target or self._news < 0.1)
 
     def probe(self, loss_fn: LossFunction) -> Probe:
         """The probe over everything collected."""
@@ -64,9 +67,13 @@ def _fingerprints(batch: Batch) -> list[float]:
     for leaf in pytree.tree_leaves(batch):
         if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == size:
             rows = leaf.detach().reshape(size, -1).double()
-            generator = torch.Generator().manual_seed(rows.shape[1])
-            weights = torch.randn(rows.shape[1], generator=generator, dtype=torch.float64).to(rows.device)
             # A sum along each row, not a matrix product: its rounding does not depend on the row's place in the batch.
-            value = (rows * weights).sum(1)
+            value = (rows * _projection(rows.shape[1], rows.device)).sum(1)
             total = value if total is None else total * 0.618 + value
     return [] if total is None else total.tolist()
+
+
+@lru_cache(maxsize=4)
+def _projection(length: int, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(length)
+    return torch.randn(length, generator=generator, dtype=torch.float64).to(device)

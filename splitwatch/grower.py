@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from splitwatch.batches import Batch, batch_size
+from splitwatch.budget import GEOMETRY, TEST, Budget
 from splitwatch.collect import ProbeCollector
 from splitwatch.geometry.caveats import caveats
 from splitwatch.geometry.diagnose import diagnose_splits
@@ -25,6 +26,7 @@ from splitwatch.growth.plan import plan_growth
 from splitwatch.growth.policy import GrowthPolicy
 from splitwatch.layers import find_hidden_layers, select_layers
 from splitwatch.probe import LossFunction, Probe
+from splitwatch.ranks import everywhere, is_first, rank_count
 from splitwatch.records import (
     GrowthEvent,
     GrowthPlan,
@@ -61,6 +63,11 @@ class Grower:
         probe: fixed batches to measure on; by default they are collected from the training batches.
         progress: show a progress bar while measuring (on a terminal).
 
+    ``events`` keeps what was measured; only the last event with geometry keeps its tensors, of those before it only the
+    plans that were carried out do. Sinks get every event whole. Where several processes train together, each calls
+    ``step`` on its own batches; when to measure, and whether the point is stationary, they decide together. Geometry is
+    each rank's own, so such a run can only be monitored.
+
     Source of the procedure: docs/architecture.md.
     """
 
@@ -86,6 +93,7 @@ class Grower:
         self.verdict: StationarityVerdict | None = None
         self.events: list[GrowthEvent] = []
         self.steps = self.growths = self.batch_size = 0
+        self.budget = Budget(self.policy.max_overhead, growing=not monitor_only)
         self.pending = False
 
     def step(self, batch: Batch, loss: Tensor | float) -> GrowthEvent | None:
@@ -99,30 +107,44 @@ class Grower:
 
     def observe(self, batch: Batch, loss: Tensor | float) -> bool:
         """Take note of one training step; returns whether a measurement is due."""
+        self.budget.enter()
         self.steps += 1
-        self.batch_size = max(self.batch_size, batch_size(batch))
-        if self.fixed_probe is None:
+        collecting = self.fixed_probe is None and not self.collector.ready
+        if collecting:
             self.collector.add(batch)
         verdict = self.detector.update(loss)
-        self.verdict = verdict or self.verdict
-        if verdict is not None and verdict.kind == "suspected" and not self._finished:
-            self.pending = self.fixed_probe is not None or self.collector.ready
+        if collecting or verdict or self.steps == 1:
+            self.batch_size = max(self.batch_size, batch_size(batch))
+        if verdict:
+            self.verdict = verdict
+            self.pending = verdict.kind == "suspected" and not self._finished and self._due()
+        self.budget.leave()
         return self.pending
 
     def act(self) -> GrowthEvent | None:
         """Do the measurement that is due, if any, and grow where it says so."""
         if not self.pending:
             return None
-        self.pending = False
-        event = replace(self._measure(), step=self.steps)
+        self.pending, kind, charged = False, "", True
+        self.budget.enter()
+        try:
+            event = self._measure()
+            kind, charged = GEOMETRY if GEOMETRY in event.seconds else TEST, not event.grown
+            event = replace(event, step=self.steps, overhead=self.budget.overhead(charged=charged))
+            self._take(event)
+        finally:
+            self.budget.leave(kind, charged=charged)
+        return event
+
+    def _take(self, event: GrowthEvent) -> None:
+        """Remember an event, begin to watch afresh, tell the sinks."""
         self.verdict = event.verdict or self.verdict
         self.growths += event.grown
-        self.events.append(event)
+        self.events[:] = [_light(old) if event.geometry else old for old in self.events] + [event]
         self.detector.reset()
         self.collector.clear()
         for sink in self.sinks:
             sink(event)
-        return event
 
     def dry_run(self) -> GrowthPlan:
         """What growth would do now, whatever the detector says; nothing is changed.
@@ -138,7 +160,7 @@ class Grower:
     def state_dict(self) -> dict[str, Any]:
         """What has to survive a restart, in builtins. The probe is collected afresh."""
         counts = {key: getattr(self, key) for key in ("steps", "growths", "batch_size", "pending")}
-        return {**counts, "detector": self.detector.state_dict()}
+        return {**counts, "detector": self.detector.state_dict(), "budget": self.budget.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state; a decision that was pending is taken again when suspicion returns."""
@@ -146,10 +168,21 @@ class Grower:
             setattr(self, key, state[key])
         self.pending = bool(state["pending"]) and self.fixed_probe is not None
         self.detector.load_state_dict(state["detector"])
+        self.budget.load_state_dict(state["budget"])
 
     @property
     def _finished(self) -> bool:
         return self.policy.max_events is not None and self.growths >= self.policy.max_events
+
+    def _due(self) -> bool:
+        """Whether every rank has a probe and there is time for what comes next."""
+        ready = self.fixed_probe is not None or self.collector.ready
+        return everywhere(ready and self._allowed(GEOMETRY if self.budget.saving else TEST))
+
+    def _allowed(self, kind: str) -> bool:
+        """Whether the budget allows a measurement; the clock of rank 0 decides."""
+        samples = self.collector.samples if self.fixed_probe is None else self.fixed_probe.samples()
+        return not is_first() or self.budget.allows(kind, samples / (self.batch_size * self.steps))
 
     def _probe(self) -> Probe:
         if self.fixed_probe is not None:
@@ -165,12 +198,12 @@ class Grower:
         probe, parameters = self._probe(), count_parameters(self.model)
         stages = _Stages(self.progress)
         try:
-            with stages("gradient test"):
-                verdict = self.detector.test(self.model, probe, self.batch_size)
-            if verdict.kind != "stationary":
-                plan = GrowthPlan((), (), f"not at a stationary point ({verdict.kind})")
+            with stages(TEST):
+                verdict = self.detector.test(self.model, probe, self.batch_size * rank_count())
+            if reason := self._stopped(verdict):
+                plan = GrowthPlan((), (), reason)
                 return GrowthEvent(plan, {}, (parameters, parameters), verdict=verdict, seconds=stages.seconds)
-            with stages("geometry"):
+            with stages(GEOMETRY):
                 layers = self._layers(probe)
                 geometry = measure_geometry(self.model, probe, layers)
             with stages("plan"):
@@ -187,6 +220,14 @@ class Grower:
         point = f"{narrow.kind.replace('_', ' ')}: {narrow.reason}" if narrow else ""
         found = {"verdict": verdict, "geometry": geometry, "point": point, "plateaus": plateaus, "caveats": warnings}
         return replace(event, **found, seconds=stages.seconds)
+
+    def _stopped(self, verdict: StationarityVerdict) -> str:
+        """Why a measurement ends with the gradient test, if it does."""
+        stationary = verdict.kind == "stationary"
+        self.budget.saving = stationary and not everywhere(self._allowed(GEOMETRY))
+        if self.budget.saving:
+            return "at a stationary point, but max_overhead does not allow to measure its geometry yet"
+        return "" if stationary else f"not at a stationary point ({verdict.kind})"
 
     def _grown(self, plan: GrowthPlan, probe: Probe, stages: _Stages) -> GrowthEvent:
         if plan and not self.monitor_only:
@@ -219,6 +260,12 @@ class Grower:
             found = diagnose_splits(self.model, probe, layer, neuron, wanted.values(), narrow)
             verdicts |= {f"{layer.name}[{neuron}] {how}": v for how, v in zip(wanted, found, strict=True)}
         return verdicts
+
+
+def _light(event: GrowthEvent) -> GrowthEvent:
+    """An event without its tensors, but for a plan that was carried out."""
+    plan = event.plan if event.grown else replace(event.plan, moves=())
+    return replace(event, geometry={}, plan=plan)
 
 
 class _Stages:

@@ -248,7 +248,8 @@ class GrowthEvent:
     ``drift`` is the relative change of what the widened layers' consumers put out, at zero offset; it and the
     ``realised_*`` decreases are nan where no probe was given. ``point`` says in words what the narrow point itself is,
     as far as that was looked at; ``plateaus`` what splits of it are; ``caveats`` what keeps the theory from applying.
-    ``widths`` maps layer to (before, after), ``seconds`` stage to time spent. ``step`` is the user's step count.
+    ``widths`` maps layer to (before, after), ``seconds`` stage to time spent. ``overhead`` is all monitoring so far in
+    relation to training time, without measurements that led to growth. ``step`` is the user's step count.
     """
 
     plan: GrowthPlan
@@ -264,6 +265,7 @@ class GrowthEvent:
     plateaus: Mapping[str, PlateauVerdict] = field(default_factory=dict)
     caveats: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
+    overhead: float = float("nan")
     step: int = 0
     grown: bool = False
 
@@ -281,5 +283,6 @@ class GrowthEvent:
             rows["optimizer state restarted"] = ", ".join(self.restarted)
         rows |= {f"caveat {i}": words for i, words in enumerate(self.caveats, 1)}
         rows["seconds"] = ", ".join(f"{stage} {value:.2f}" for stage, value in self.seconds.items())
+        rows |= {"monitoring so far": f"{self.overhead:.2%} of training time"} if self.overhead >= 0 else {}
         action = "grew" if self.grown else "measured"
         return _table(f"step {self.step}: {action}: {self.plan.reason}", rows)

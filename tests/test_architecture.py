@@ -13,6 +13,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up; a module may import from its own room and from those before it.
 ROOMS = (
     "records",
+    "ranks",
+    "metrics",
+    "budget",
     "undisturbed",
     "batches",
     "tape",

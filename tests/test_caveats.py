@@ -71,7 +71,7 @@ def test_only_decay_in_the_gradient_counts(make, expected):
 def test_an_event_carries_its_caveats():
     model, probe, _, _ = measured(nn.Dropout(0.25))
     optimizer = torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.01)
-    policy = GrowthPolicy(window=10, noise_ratio=1e6)
+    policy = GrowthPolicy(window=10, noise_ratio=1e6, max_overhead=None)
     grower = Grower(model, optimizer, mse, policy, monitor_only=True, probe=probe, progress=False)
     for _ in range(20):
         grower.step(probe.fitted[0], 1.0)

@@ -53,3 +53,21 @@ def test_integer_samples_and_dictionaries_are_told_apart():
     collector.add({"ids": tokens.flip(0), "name": "text"})
     assert collector.samples == 20
     assert len(collector.batches) == 1
+
+
+def test_a_few_repeated_samples_do_not_end_the_collecting():
+    data, generator = torch.randn(1000, 3), torch.Generator().manual_seed(0)
+    collector = ProbeCollector(512)
+    while not collector.ready:
+        collector.add(data[torch.randint(1000, (1,), generator=generator)])
+    assert collector.samples == 512
+
+
+def test_nothing_is_looked_at_once_the_data_are_known(monkeypatch):
+    data = torch.randn(100, 3)
+    collector = ProbeCollector(4096)
+    for rows in epochs(data, 50, 2):
+        collector.add(rows)
+    monkeypatch.setattr("splitwatch.collect._fingerprints", None)
+    collector.add(data)
+    assert collector.samples == 100

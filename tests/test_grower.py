@@ -38,7 +38,7 @@ def run(steps, grower_of, seed=0, width=2):
     return model, grower, torch.stack(losses)
 
 
-POLICY = GrowthPolicy(window=100, max_events=1)
+POLICY = GrowthPolicy(window=100, max_events=1, max_overhead=None)
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +99,10 @@ def test_dry_run_without_batches_says_what_is_missing():
 
 
 def test_budgets_bound_the_growth():
-    policy = GrowthPolicy(window=100, max_events=1, max_neurons=1)
+    policy = GrowthPolicy(window=100, max_events=1, max_neurons=1, max_overhead=None)
     model, grower, _ = run(1200, lambda m, o: Grower(m, o, mse, policy, progress=False))
     assert model[0].out_features == 3
-    zero = GrowthPolicy(window=100, max_neurons=0)
+    zero = GrowthPolicy(window=100, max_neurons=0, max_overhead=None)
     model, grower, _ = run(900, lambda m, o: Grower(m, o, mse, zero, progress=False))
     assert model[0].out_features == 2
     assert any("budget" in event.plan.reason for event in grower.events)
@@ -113,7 +113,8 @@ def test_a_given_probe_is_used_and_sinks_hear_of_every_event():
     heard = []
     probe = Probe([(x[:256], y[:256]), (x[256:], y[256:])], mse)
     _, grower, _ = run(900, lambda m, o: Grower(m, o, mse, POLICY, probe=probe, sinks=[heard.append], progress=False))
-    assert heard == grower.events
+    assert [event.step for event in heard] == [event.step for event in grower.events]
+    assert heard[-1] is grower.events[-1]
     assert not grower.collector.batches
 
 
@@ -134,6 +135,7 @@ def test_state_survives_a_round_trip():
         {"cap": 1.0},
         {"window": 3},
         {"probe_samples": 1},
+        {"max_overhead": -0.1},
     ],
 )
 def test_a_policy_that_makes_no_sense_names_the_field(settings):

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*returned .None.*:UserWarning",
 )
 
-POLICY = GrowthPolicy(window=100, max_events=1)
+POLICY = GrowthPolicy(window=100, max_events=1, max_overhead=None)
 STEPS = 900
 
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from splitwatch import Probe, SplitWatchError, StationarityDetector
-from splitwatch.watch.stationarity import gradient_statistics
+from splitwatch import GradientNoise, Probe, SplitWatchError, StationarityDetector
 
 
 def feed(detector, losses):
@@ -66,6 +65,21 @@ def test_state_survives_a_round_trip():
     copy.load_state_dict(resumed.state_dict())
     feed(copy, losses[61:])
     assert copy.means == straight.means
+    assert copy.state_dict() == straight.state_dict()
+
+
+def test_memory_does_not_grow_with_the_run():
+    detector = StationarityDetector(10)
+    feed(detector, torch.linspace(9, 1, 500).tolist())
+    assert len(detector.means) == 10
+    assert detector.range == (1.0, 9.0)
+
+
+def test_one_infinite_loss_is_forgotten():
+    """It neither stands for the scale of the loss nor stops the watch once it has left the window."""
+    detector = StationarityDetector(10)
+    falling = [20 - t for t in range(12)]
+    assert feed(detector, [math.inf, *[30.0] * 10, *falling]).kind == "moving"
 
 
 def test_a_window_too_short_is_refused():
@@ -79,7 +93,10 @@ def test_gradient_statistics_are_unbiased_for_ragged_batches():
     squares, variances, covered = [], [], 0
     for _ in range(2000):
         gradients = [mean + torch.randn(3, generator=generator, dtype=torch.float64) / n**0.5 for n in sizes]
-        norm, bound, _, variance = gradient_statistics(gradients, sizes)
+        metric = GradientNoise()
+        for gradient, size in zip(gradients, sizes, strict=True):
+            metric.update(gradient, size)
+        norm, bound, _, variance = map(float, metric.compute().values())
         squares.append(norm**2)
         variances.append(variance)
         covered += bound >= float(mean.norm())

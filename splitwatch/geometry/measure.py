@@ -14,6 +14,7 @@ from splitwatch.geometry.curvature import LayerCurvature, parts_of
 from splitwatch.geometry.eigen import extreme_eigenpairs
 from splitwatch.geometry.plateau import splitting_modes
 from splitwatch.layers import find_hidden_layers, select_layers
+from splitwatch.metrics import column_moments, standard_error
 from splitwatch.probe import Probe
 from splitwatch.records import HiddenLayer, LayerGeometry
 
@@ -168,8 +169,6 @@ def _measure(
 
 def mean_interval(samples: Tensor, confidence: float) -> Tensor:
     """Two-sided confidence interval of the mean of each column of (n, m) samples, (m, 2)."""
-    n = len(samples)
-    mean = samples.mean(0)
-    error = samples.std(0) / n**0.5 if n > 1 else torch.full_like(mean, torch.inf)
-    half_width = NormalDist().inv_cdf(0.5 + confidence / 2) * error
-    return torch.stack([mean - half_width, mean + half_width], dim=1)
+    n, mean, squares = column_moments(samples)
+    error = NormalDist().inv_cdf(0.5 + confidence / 2) * standard_error(n, squares)
+    return torch.stack([mean - error, mean + error], dim=1)

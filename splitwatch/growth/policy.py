@@ -25,6 +25,11 @@ class GrowthPolicy:
         tolerance: improvement over a window, relative to the loss scale, that still counts as none.
         noise_ratio: a mean gradient counts as zero below this multiple of one training batch's gradient noise.
         probe_samples: training samples the probe collects when none is given.
+        max_overhead: seconds that monitoring may take to a second of training, by the clock; None sets no limit. A
+            measurement is postponed until what was spent and what it is expected to cost fit, so the steps at which a
+            run is measured depend on timing: pass None where they have to be reproducible, and for small networks,
+            where a measurement takes as long as thousands of steps. A measurement that ends in growth does not count,
+            and a run that may grow is held back only after a minute of measurements that came to nothing.
     """
 
     layers: Sequence[str] | None = None
@@ -38,9 +43,19 @@ class GrowthPolicy:
     tolerance: float = 0.01
     noise_ratio: float = 1.0
     probe_samples: int = 4096
+    max_overhead: float | None = 0.01
 
     def __post_init__(self) -> None:
-        for name in ("max_neurons", "max_parameters", "max_ratio", "max_events", "tolerance", "noise_ratio"):
+        limits = (
+            "max_neurons",
+            "max_parameters",
+            "max_ratio",
+            "max_events",
+            "tolerance",
+            "noise_ratio",
+            "max_overhead",
+        )
+        for name in limits:
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise SplitWatchError(f"{name}: required a number ≥ 0 or None, found {value}")

@@ -164,7 +164,7 @@ def run(logdir: str | Path = "runs/demo", seed: int = 0, steps: int = 4200) -> d
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     data = load_digits()
     console.print(f"A network with 4 hidden tanh neurons learns 1,437 handwritten digits ({steps} steps a run).")
-    watcher = SplitWatch(GrowthPolicy(max_events=1, window=300))
+    watcher = SplitWatch(GrowthPolicy(max_events=1, window=300, max_overhead=None))
     at = Moment(data, lambda trainer: any(event.grown for event in watcher.events))
     console.print("[bold]1/3[/bold] with splitwatch")
     widened = train("splitwatch", data, steps, logdir, seed, [watcher, at])

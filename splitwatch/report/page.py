@@ -62,6 +62,8 @@ def _outcome(event: GrowthEvent) -> Iterator[tuple[str, str]]:
         yield "optimizer state restarted", ", ".join(f"`{name}`" for name in event.restarted)
     if event.seconds:
         yield "seconds", ", ".join(f"{stage} {value:.2f}" for stage, value in event.seconds.items())
+    if not math.isnan(event.overhead):
+        yield "monitoring so far", f"{event.overhead:.2%} of training time"
 
 
 def _measured(item: tuple[str, LayerGeometry]) -> tuple[str, ...]:

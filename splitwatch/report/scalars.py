@@ -15,7 +15,8 @@ def event_scalars(event: GrowthEvent) -> dict[str, float]:
     """The numbers of an event by tag; those that are not known (nan) are left out.
 
     Eigenvalues are the extremes over a layer's neurons, ``min_eigenvalue_low``, ``_median`` and ``_high`` the 5 %, 50 %
-    and 95 % quantiles of the lower ends; ``growth/realised_decrease`` is held out, ``growth/realised_fitted`` is not.
+    and 95 % quantiles of the lower ends; ``growth/realised_decrease`` is held out, ``growth/realised_fitted`` is not;
+    ``overhead`` is the share of training time that monitoring took so far.
     """
     plan, scalars = event.plan, dict[str, float]()
     if event.verdict is not None:
@@ -31,6 +32,7 @@ def event_scalars(event: GrowthEvent) -> dict[str, float]:
     scalars["growth/drift"] = event.drift
     if event.seconds:
         scalars["growth/seconds"] = sum(event.seconds.values())
+    scalars["overhead"] = event.overhead
     known = {f"{ROOT}/{tag}": value for tag, value in scalars.items() if not math.isnan(value)}
     return known | size_scalars(event)
 

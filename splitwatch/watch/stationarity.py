@@ -7,24 +7,30 @@ training batch. That is an equivalence test: too few samples end in "undecided",
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from splitwatch.metrics import GradientNoise, ProbeLoss
 from splitwatch.probe import Probe
+from splitwatch.ranks import mean_over_ranks
 from splitwatch.records import SplitWatchError, StationarityVerdict
 
 BLOCKS = 10
 """Block means a window is divided into; their scatter about the trend gives its error despite autocorrelation."""
 
 _T_975 = 2.306  # Student's t, 97.5 %, BLOCKS - 2 degrees of freedom
-_Z_95 = 1.645
 
 
 class StationarityDetector:
     """Watches losses; tests gradients on request.
+
+    Where several processes train together, each gives its own losses and probe, and all get the verdict on all of them;
+    every rank has to call ``update`` and ``test`` as often as the others.
 
     Args:
         window: steps looked back over.
@@ -41,27 +47,31 @@ class StationarityDetector:
 
     def reset(self) -> None:
         """Forget everything seen; called after every measurement."""
-        self.losses: list[Tensor] = []
-        self.means: list[float] = []
+        self.losses: list[Tensor | float] = []
+        self.means: list[float] = []  # of the last blocks
+        self.range = (math.inf, -math.inf)  # of all block means
 
     def update(self, loss: Tensor | float) -> StationarityVerdict | None:
         """Take one training loss; a verdict ("moving", "suspected" or "undecided") at the end of every block."""
-        self.losses.append(torch.as_tensor(loss).detach().reshape(()))
+        if isinstance(loss, Tensor):  # a loss on a device is fetched with the others of its block, without waiting
+            loss = loss.item() if loss.is_cpu else loss.detach()
+        self.losses.append(loss)
         if len(self.losses) < self.block:
             return None
-        self.means.append(float(torch.stack(self.losses).double().mean()))
-        self.losses = []
+        mean = mean_over_ranks(_mean(_numbers(self.losses)))
+        self.losses, self.means = [], [*self.means[1 - BLOCKS :], mean]
+        if math.isfinite(mean):
+            self.range = (min(self.range[0], mean), max(self.range[1], mean))
         return self._judge()
 
     def _judge(self) -> StationarityVerdict | None:
-        current = self.means[-1]
-        recent = torch.tensor(self.means[-BLOCKS:], dtype=torch.float64)
-        if not bool(recent.isfinite().all()):
+        recent, current = self.means, self.means[-1]
+        if not all(map(math.isfinite, recent)):
             return StationarityVerdict("undecided", "the training loss is not finite", current)
         if len(recent) < BLOCKS:
             return None
         trend, error = _trend(recent)
-        scale = max(max(self.means) - min(self.means), float(recent.abs().mean()))
+        scale = max(self.range[1] - self.range[0], _mean([abs(value) for value in recent]))
         small = -trend + _T_975 * error <= self.tolerance * scale
         if small or trend + _T_975 * error > 0:
             size = "too small to matter" if small else "not significant"
@@ -76,13 +86,15 @@ class StationarityDetector:
         Args:
             model: the network, left as it was.
             probe: its batches give the gradients.
-            batch_size: samples in one training batch, which set the noise that counts.
+            batch_size: samples in one training batch, of all ranks together; they set the noise that counts.
 
         Raises:
             SplitWatchError: the loss is not finite.
         """
-        gradients, sizes = zip(*probe.gradients(model), strict=True)
-        norm, bound, floor, variance = gradient_statistics(gradients, sizes)
+        measured = GradientNoise()
+        for gradient, size in probe.gradients(model):
+            measured.update(gradient, size)
+        norm, bound, floor, variance = map(float, measured.compute().values())
         noise = (variance / batch_size) ** 0.5
         limit = self.noise_ratio * noise
         kind, reason = "undecided", "the probe is too small to tell its mean gradient from zero"
@@ -90,54 +102,44 @@ class StationarityDetector:
             kind, reason = "stationary", f"the mean gradient is below {self.noise_ratio:g} × one batch's noise"
         elif floor > limit:
             kind, reason = "moving", f"the mean gradient exceeds {self.noise_ratio:g} × one batch's noise"
-        recent = torch.tensor(self.means[-BLOCKS:], dtype=torch.float64)
-        trend, error = _trend(recent) if len(recent) == BLOCKS else (float("nan"), float("nan"))
-        loss = self.means[-1] if self.means else probe.loss(model)
+        trend, error = _trend(self.means) if len(self.means) == BLOCKS else (math.nan, math.nan)
+        loss = self.means[-1] if self.means else _loss(model, probe)
         return StationarityVerdict(kind, reason, loss, trend, error, norm, bound, noise)
 
     def state_dict(self) -> dict[str, Any]:
         """What has been seen, in builtins."""
-        return {"losses": [float(loss) for loss in self.losses], "means": list(self.means)}
+        return {"losses": _numbers(self.losses), "means": list(self.means), "range": self.range}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state."""
-        self.losses = [torch.tensor(loss, dtype=torch.float64) for loss in state["losses"]]
-        self.means = list(state["means"])
+        self.losses, self.means, self.range = list(state["losses"]), list(state["means"]), tuple(state["range"])
 
 
-def _trend(means: Tensor) -> tuple[float, float]:
+def _loss(model: nn.Module, probe: Probe) -> float:
+    loss = ProbeLoss().to(next(model.parameters()).device)
+    loss.update(probe.loss(model), probe.samples())
+    return float(loss.compute())
+
+
+def _numbers(losses: Sequence[Tensor | float]) -> list[float]:
+    """The losses as numbers; those on a device are fetched together."""
+    tensors = [loss.reshape(()) for loss in losses if isinstance(loss, Tensor)]
+    if not tensors:
+        return [float(loss) for loss in losses]
+    fetched = iter(torch.stack(tensors).tolist())
+    return [next(fetched) if isinstance(loss, Tensor) else float(loss) for loss in losses]
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Exactly rounded, so that it does not depend on where a run was interrupted; nan if not all are finite."""
+    return math.fsum(value / len(values) for value in values) if all(map(math.isfinite, values)) else math.nan
+
+
+def _trend(means: Sequence[float]) -> tuple[float, float]:
     """Least-squares change over the whole window and its standard error."""
-    n = len(means)
-    t = torch.arange(n, dtype=torch.float64) - (n - 1) / 2
-    slope = (t @ means) / (t @ t)
-    scatter = means - means.mean() - slope * t
-    error = ((scatter @ scatter) / (n - 2) / (t @ t)).sqrt()
-    return float(slope * n), float(error * n)
-
-
-def gradient_statistics(gradients: Sequence[Tensor], sizes: Sequence[int]) -> tuple[float, float, float, float]:
-    """From batch gradients g_i over n_i samples: |E g|, its upper and lower 95 % bounds, and tr Cov of one sample.
-
-    |E g|² is estimated by Σ_{i≠j} n_i n_j ⟨g_i, g_j⟩ / Σ_{i≠j} n_i n_j, which is unbiased for any batch sizes; its
-    standard error is that of the jackknife over batches, which errs on the large side where E g = 0.
-    """
-    stacked = torch.stack(list(gradients)).double()
-    n = torch.tensor(sizes, dtype=torch.float64, device=stacked.device)
-    gram = stacked @ stacked.T
-    weights = torch.outer(n, n).fill_diagonal_(0)
-    square = float((weights * gram).sum() / weights.sum())
-    spread = _jackknife(weights * gram, weights)
-    share = n / n.sum()
-    centred = gram.diagonal() - 2 * gram @ share + share @ gram @ share
-    variance = float((n * centred).sum() / (len(n) - 1))
-    upper, lower = max(square, 0.0) + _Z_95 * spread, square - _Z_95 * spread
-    return max(square, 0.0) ** 0.5, upper**0.5, max(lower, 0.0) ** 0.5, variance
-
-
-def _jackknife(terms: Tensor, weights: Tensor) -> float:
-    """Standard error of Σ terms / Σ weights over pairs of batches, leaving out one batch at a time."""
-    n = len(terms)
-    if n < 3:
-        return float("inf")
-    rest, mass = (pairs.sum() - pairs.sum(0) - pairs.sum(1) for pairs in (terms, weights))
-    return float(((rest / mass).var(correction=0) * (n - 1)).sqrt())
+    n, mean = len(means), _mean(means)
+    spread = n * (n * n - 1) / 12
+    times, values = [t - (n - 1) / 2 for t in range(n)], [value - mean for value in means]
+    slope = sum(map(operator.mul, times, values)) / spread
+    scatter = [value - slope * t for t, value in zip(times, values, strict=True)]
+    return slope * n, math.sqrt(sum(value * value for value in scatter) / (n - 2) / spread) * n

@@ -1,0 +1,37 @@
+"""What the processes of one training run agree on; with a single process nothing is sent.
+
+Every rank has to make the same calls in the same order, as with any collective of ``torch.distributed``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import distributed
+
+
+def rank_count() -> int:
+    """Number of processes that train together."""
+    together = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if together else 1
+
+
+def is_first() -> bool:
+    """Whether this is rank 0, whose clock decides."""
+    return rank_count() == 1 or distributed.get_rank() == 0
+
+
+def mean_over_ranks(value: float) -> float:
+    """The mean of a number over the ranks."""
+    return value if rank_count() == 1 else _reduced(value, distributed.ReduceOp.SUM) / rank_count()
+
+
+def everywhere(flag: bool) -> bool:
+    """Whether every rank says yes."""
+    return flag if rank_count() == 1 else bool(_reduced(float(flag), distributed.ReduceOp.MIN))
+
+
+def _reduced(value: float, operation: distributed.ReduceOp.RedOpType) -> float:
+    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+    tensor = torch.tensor(value, dtype=torch.float64, device=device)
+    distributed.all_reduce(tensor, operation)
+    return float(tensor)
