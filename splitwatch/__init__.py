@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from splitwatch.geometry.curvature import coupling, inner_hessian
+from splitwatch.geometry.dense import coupling, inner_hessian
 from splitwatch.geometry.escape import directional_stationarity, escape_neurons
 from splitwatch.geometry.measure import measure_geometry
 from splitwatch.geometry.narrow import narrow_verdict

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from splitwatch.geometry.curvature import layer_curvature
+from splitwatch.geometry.dense import layer_curvature
 from splitwatch.geometry.measure import measure_geometry
 from splitwatch.layers import find_hidden_layers
 from splitwatch.probe import Probe

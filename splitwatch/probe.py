@@ -151,14 +151,24 @@ class Probe:
         Raises:
             SplitWatchError: the loss is not finite, or does not depend on a layer.
         """
-        batches = self.half(half)
         traces: dict[str, list[LayerTrace]] = {layer.name: [] for layer in layers}
-        for batch, share in zip(batches, shares(batches), strict=True):
-            tape, loss = self.record(model, batch)
-            anatomy = Anatomy(model, tape)
-            for layer in layers:
-                traces[layer.name].append(_trace(anatomy, layer, loss, batch_size(batch), share))
+        for found in self.traces(model, layers, half):
+            for name, trace in found.items():
+                traces[name].append(trace)
         return traces
+
+    def traces(self, model: nn.Module, layers: Sequence[HiddenLayer], half: str) -> Iterator[dict[str, LayerTrace]]:
+        """What every layer sees, by its name, on one batch of a half after the other; errors as for ``capture``."""
+        batches = self.half(half)
+        for batch, share in zip(batches, shares(batches), strict=True):
+            yield self._traces(model, layers, batch, share)
+
+    def _traces(
+        self, model: nn.Module, layers: Sequence[HiddenLayer], batch: Batch, share: float
+    ) -> dict[str, LayerTrace]:
+        tape, loss = self.record(model, batch)
+        anatomy = Anatomy(model, tape)
+        return {layer.name: _trace(anatomy, layer, loss, batch_size(batch), share) for layer in layers}
 
     @staticmethod
     def _checked(loss: Any, finite: bool = True) -> Tensor:

@@ -22,7 +22,7 @@ def is_first() -> bool:
 
 def mean_over_ranks(value: float) -> float:
     """The mean of a number over the ranks."""
-    return value if rank_count() == 1 else _reduced(value, distributed.ReduceOp.SUM) / rank_count()
+    return summed_number(value) / rank_count()
 
 
 def everywhere(flag: bool) -> bool:
@@ -35,3 +35,15 @@ def _reduced(value: float, operation: distributed.ReduceOp.RedOpType) -> float:
     tensor = torch.tensor(value, dtype=torch.float64, device=device)
     distributed.all_reduce(tensor, operation)
     return float(tensor)
+
+
+def summed(value: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over the ranks, in place; the same on each, to the bit."""
+    if rank_count() > 1:
+        distributed.all_reduce(value)
+    return value
+
+
+def summed_number(value: float) -> float:
+    """The sum of a number over the ranks."""
+    return value if rank_count() == 1 else _reduced(value, distributed.ReduceOp.SUM)

@@ -5,7 +5,7 @@ from torch import nn
 from torch.func import functional_call, grad, jacrev
 from zoo import ZOO, mse
 
-from splitwatch.geometry.curvature import coupling, inner_hessian, layer_curvature
+from splitwatch.geometry.dense import coupling, inner_hessian, layer_curvature
 from splitwatch.geometry.measure import measure_geometry
 from splitwatch.layers import find_hidden_layers
 from splitwatch.probe import Probe

@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import functional_call
 from zoo import ZOO, mse
 
-from splitwatch.geometry.curvature import coupling, inner_hessian, layer_curvature
+from splitwatch.geometry.dense import coupling, inner_hessian, layer_curvature
 from splitwatch.geometry.measure import measure_geometry
 from splitwatch.growth import grow as growing
 from splitwatch.growth.checkpoint import load_grown, make_growable

@@ -9,7 +9,6 @@ import torchmetrics
 from scipy import stats
 
 from splitwatch import GradientNoise, HeldOutQuotient, ProbeLoss, SplitWatchError
-from splitwatch.geometry.measure import mean_interval
 
 SIZES = [4, 36, 10, 1, 4, 16, 16, 8]
 EXACT = {"rtol": 1e-12, "atol": 0.0}
@@ -131,13 +130,8 @@ def test_held_out_bounds_do_not_cancel_far_from_zero():
     torch.testing.assert_close(widths[0], widths[1], rtol=1e-5, atol=0)
 
 
-def test_the_interval_of_the_geometry_is_the_same_formula():
+def test_a_single_sample_bounds_nothing():
     values = held_out()
-    found = quotient_of(values.split(SIZES), confidence=0.95).compute()
-    torch.testing.assert_close(mean_interval(values, 0.95), torch.stack([found["lower"], found["upper"]], 1))
-    endless = mean_interval(values[:1].float(), 0.95)
-    assert endless.dtype == torch.float32
-    assert torch.equal(endless, torch.tensor([[-math.inf, math.inf]]).expand(5, 2))
     single = quotient_of([values[:1]]).compute()
     assert single["upper"].eq(math.inf).all()
 

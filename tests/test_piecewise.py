@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kinked import ACTIVATIONS, D, M, N, data, derivative, growable, mse, network, probe_of, single
 from torch import nn
 
-from splitwatch.geometry.curvature import coupling
+from splitwatch.geometry.dense import coupling
 from splitwatch.geometry.escape import directional_stationarity, escape_neurons, one_sided_derivatives
 from splitwatch.probe import Probe
 from splitwatch.records import SplitWatchError, UnsupportedLayerError

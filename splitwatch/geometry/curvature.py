@@ -18,15 +18,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from splitwatch.geometry.response import Pattern, Response
 from splitwatch.geometry.weights import extract_columns, insert_columns, outgoing_weights
-from splitwatch.layers import find_hidden_layers, select_layers
 from splitwatch.linear_map import LinearMap
-from splitwatch.probe import LayerTrace, Probe
+from splitwatch.probe import LayerTrace
 from splitwatch.ranks import summed
-from splitwatch.records import Consumer, HiddenLayer, SplitWatchError
+from splitwatch.records import Consumer, HiddenLayer
 
 
 class InnerCurvature:
@@ -68,6 +67,13 @@ class InnerCurvature:
         """What a gradient of one everywhere in the pre-activations would be in one neuron's weights, (1, d)."""
         one = [torch.ones_like(t) for t in self.lift(self.trace.weights[0].new_zeros(1, sum(self.in_sizes)))]
         return self.drop(one)
+
+    @property
+    def nbytes(self) -> int:
+        """What is kept in memory for this."""
+        maps = (*self.trace.producers, *self.trace.signals)
+        seen = [x if isinstance(x, Tensor) else x.input for x in maps]
+        return sum(x.nbytes for x in seen) + self.response.nbytes
 
     def spread(self, v: Tensor) -> tuple[Tensor, ...]:
         """Outgoing directions (k, c) → the cotangents they put on the consumers' inputs."""
@@ -156,19 +162,21 @@ class LayerCurvature:
     """The curvature of k neurons of a hidden layer (all m at first) on one half of a probe.
 
     ``parts`` is gone through once a product. ``d`` and ``c`` count one neuron's incoming and outgoing weights,
-    ``outgoing`` (k, c) are the latter; the products have its dtype and are on its device.
+    ``outgoing`` (k, c) are the latter; the products have its dtype and are on its device. ``weight`` is this process's
+    share of the samples, which the products sum over all processes of a distributed run.
     """
 
     layer: HiddenLayer
     parts: Iterable[InnerCurvature]
     outgoing: Tensor
     d: int
+    weight: float = 1.0
 
     @classmethod
-    def of(cls, layer: HiddenLayer, parts: Iterable[InnerCurvature]) -> LayerCurvature:
+    def of(cls, layer: HiddenLayer, parts: Iterable[InnerCurvature], weight: float = 1.0) -> LayerCurvature:
         """The curvature from what the layer sees on each batch."""
         first = next(iter(parts))
-        return cls(layer, parts, outgoing_weights(layer, first.trace.readers), sum(first.in_sizes))
+        return cls(layer, parts, outgoing_weights(layer, first.trace.readers), sum(first.in_sizes), weight)
 
     @property
     def c(self) -> int:
@@ -201,7 +209,7 @@ class LayerCurvature:
         return torch.nn.functional.normalize(self._mean(lambda part: (part.total_input(),))[0][0], dim=0)
 
     def quotients(self, u: Tensor, v: Tensor | None = None, kappa: float = 1.0, gamma: float = 0.0) -> Tensor:
-        """Per-sample values of κ uᵀS u + 2γ vᵀG u over the whole half, (samples, k)."""
+        """Per-sample values of κ uᵀS u + 2γ vᵀG u over this process's half, (samples, k)."""
         return torch.cat([part.quotients(u, v, kappa, gamma) for part in self.parts])
 
     def dense(self, product: Callable[[Tensor], Tensor]) -> Tensor:
@@ -212,7 +220,7 @@ class LayerCurvature:
     def _mean(self, products: Callable[[InnerCurvature], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         totals: list[Tensor] = []
         for part in self.parts:
-            scaled = [value.mul_(part.trace.share) for value in products(part)]
+            scaled = [value.mul_(part.trace.share * self.weight) for value in products(part)]
             totals = [a.add_(b) for a, b in zip(totals, scaled, strict=True)] if totals else scaled
         return tuple(summed(total) for total in totals)
 
@@ -230,55 +238,3 @@ class _Restricted:
 
 def _restricted(parts: Iterable[InnerCurvature], rows: Tensor) -> Iterable[InnerCurvature]:
     return tuple(part.restricted(rows) for part in parts) if isinstance(parts, tuple) else _Restricted(parts, rows)
-
-
-def inner_hessian(
-    model: nn.Module, layer: HiddenLayer | str, probe: Probe, neurons: Sequence[int] | None = None, half: str = "all"
-) -> Tensor:
-    """Dense inner Hessians S_r = E[(v_r·e) σ''(w_r·x) x xᵀ], (k, d, d), for inspection and tests.
-
-    Args:
-        model: the network, left as it was.
-        layer: a hidden layer or its name.
-        probe: where to measure.
-        neurons: which k neurons; all m of them by default.
-        half: the half of the probe to measure on: "fitted", "held_out" or "all".
-
-    Raises:
-        SplitWatchError: the loss is not finite, does not depend on the layer, or has no such layer or neurons.
-
-    Source: Ding, Li & Sun 2026 (inner Hessian); Liu, Wu & Wang 2019 (splitting matrix).
-    """
-    curvature = layer_curvature(model, layer, probe, half, neurons)
-    return curvature.dense(curvature.hessian)
-
-
-def coupling(
-    model: nn.Module, layer: HiddenLayer | str, probe: Probe, neurons: Sequence[int] | None = None, half: str = "all"
-) -> Tensor:
-    """Dense couplings G_r = E[e σ'(w_r·x) xᵀ], (k, c, d); arguments as for ``inner_hessian``."""
-    curvature = layer_curvature(model, layer, probe, half, neurons)
-    return curvature.dense(curvature.coupling)
-
-
-def layer_curvature(
-    model: nn.Module, layer: HiddenLayer | str, probe: Probe, half: str = "all", neurons: Sequence[int] | None = None
-) -> LayerCurvature:
-    """The curvature of some neurons of one hidden layer, all by default, on one half of the probe."""
-    if isinstance(layer, str):
-        (layer,) = select_layers(find_hidden_layers(model, probe), [layer])
-    chosen = range(layer.width) if neurons is None else neurons
-    if not all(0 <= r < layer.width for r in chosen):
-        raise SplitWatchError(f"neurons: required indices from 0 to {layer.width - 1}, found {list(chosen)}")
-    curvature = LayerCurvature.of(layer, parts_of(probe.capture(model, [layer], half)[layer.name]))
-    if neurons is None:
-        return curvature
-    return curvature.restricted(torch.tensor(list(chosen), device=curvature.outgoing.device))
-
-
-def parts_of(traces: Iterable[LayerTrace]) -> tuple[InnerCurvature, ...]:
-    """The curvature on each batch; which derivatives are diagonal is tested on the first and holds for the others."""
-    parts: list[InnerCurvature] = []
-    for trace in traces:
-        parts.append(InnerCurvature(trace, parts[0].response.pattern if parts else None))
-    return tuple(parts)

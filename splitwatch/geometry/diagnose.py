@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from splitwatch.geometry.curvature import layer_curvature
+from splitwatch.geometry.dense import layer_curvature
 from splitwatch.geometry.plateau import Narrow, classify_split
 from splitwatch.geometry.weights import neuron_weights
 from splitwatch.probe import Probe

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from statistics import NormalDist
 
 import torch
 from torch import Tensor, nn
 
-from splitwatch.geometry.curvature import LayerCurvature, parts_of
+from splitwatch.geometry.curvature import LayerCurvature
 from splitwatch.geometry.eigen import extreme_eigenpairs
 from splitwatch.geometry.plateau import splitting_modes
+from splitwatch.geometry.sweep import MAX_BYTES, Sweep
 from splitwatch.layers import find_hidden_layers, select_layers
-from splitwatch.metrics import column_moments, standard_error
+from splitwatch.metrics import HeldOutQuotient
 from splitwatch.probe import Probe
 from splitwatch.records import HiddenLayer, LayerGeometry
 
@@ -29,6 +29,7 @@ def measure_geometry(
     *,
     tolerance: float = 1e-3,
     confidence: float = 0.95,
+    max_bytes: int = MAX_BYTES,
     seed: int = 0,
 ) -> dict[str, LayerGeometry]:
     """Both ends of every neuron's inner Hessian, its coupling and its best escape, by layer.
@@ -39,19 +40,20 @@ def measure_geometry(
         layers: names (or records) of hidden layers; all that can be widened by default.
         tolerance: residual of an eigenpair relative to the operator's norm at which it is accepted.
         confidence: of the two-sided held-out intervals, normal approximation over samples.
+        max_bytes: bound on what is kept in memory beside the model's own forward and backward pass on one batch, and
+            again on the solver's vectors.
         seed: of the solver's start vectors.
 
     Raises:
         SplitWatchError: the loss is not finite, does not depend on a layer, or a name does not exist.
     """
     chosen = resolve_layers(model, probe, layers)
-    fitted, held_out = (probe.capture(model, chosen, half) for half in ("fitted", "held_out"))
-    measured = {}
-    for layer in chosen:
-        curvature = LayerCurvature.of(layer, parts_of(fitted.pop(layer.name)))
-        check = LayerCurvature.of(layer, parts_of(held_out.pop(layer.name)))
-        measured[layer.name] = _measure(curvature, check, tolerance, confidence, seed)
-    return measured
+    fits = {}
+    for curvature in Sweep(model, probe, chosen, "fitted", max_bytes).curvatures():
+        fits[curvature.layer.name] = _fit(curvature, tolerance, max_bytes, seed)
+        del curvature  # before the next one is made
+    checks = _check(Sweep(model, probe, chosen, "held_out"), fits, confidence)
+    return {name: LayerGeometry(name, **fit, **checks[name]) for name, fit in fits.items()}
 
 
 def resolve_layers(
@@ -134,41 +136,55 @@ class EscapeOperator:
         return replace(self, curvature=self.curvature.restricted(rows), across=Across(self.across.axis[rows]))
 
 
-def _measure(
-    curvature: LayerCurvature, check: LayerCurvature, tolerance: float, confidence: float, seed: int
-) -> LayerGeometry:
+def _fit(curvature: LayerCurvature, tolerance: float, max_bytes: int, seed: int) -> dict[str, Tensor]:
+    """What the fitted half says of a layer, by the names of ``LayerGeometry``."""
     v, d, c, across = curvature.outgoing, curvature.d, curvature.c, Across.of(curvature)
-    solve = partial(extreme_eigenpairs, m=len(v), dtype=v.dtype, device=v.device, tolerance=tolerance, seed=seed)
-    modes = splitting_modes(EQUAL)
-    kappa, gamma = float(modes.curvature[0]), float(modes.coupling[0])
+    like = {"m": len(v), "dtype": v.dtype, "device": v.device}
+    solve = partial(extreme_eigenpairs, **like, tolerance=tolerance, max_bytes=max_bytes, seed=seed)
     start = curvature.mean_input()
     inner = solve(InnerHessian(curvature), n=d, start=start)
     gram = solve(CouplingGram(curvature, across), n=d, ends="max", start=start)
-    operator, start = EscapeOperator(curvature, across, kappa, gamma), torch.cat([start, start.new_zeros(c)])
+    operator, start = EscapeOperator(curvature, across, *_weights()), torch.cat([start, start.new_zeros(c)])
     escape = solve(operator, n=d + c, ends="min", start=start)
     escape_in, escape_out = escape.min_vector.split([d, c], dim=1)
-    escape_out = across(escape_out)
-    return LayerGeometry(
-        layer=curvature.layer.name,
-        min_eigenvalue=inner.min_value,
-        max_eigenvalue=inner.max_value,
-        min_vector=inner.min_vector,
-        max_vector=inner.max_vector,
-        residual=inner.residual,
-        coupling_norm=gram.max_value.clamp(min=0).sqrt(),
-        escape_eigenvalue=escape.min_value,
-        escape_in=escape_in,
-        escape_out=escape_out,
-        escape_residual=escape.residual[:, 0],
-        interval=mean_interval(check.quotients(inner.min_vector), confidence),
-        max_interval=mean_interval(check.quotients(inner.max_vector), confidence),
-        escape_interval=mean_interval(check.quotients(escape_in, escape_out, kappa, gamma), confidence),
-        stationarity_residual=curvature.coupling_adjoint(across.axis).norm(dim=1),
-    )
+    return {
+        "min_eigenvalue": inner.min_value,
+        "max_eigenvalue": inner.max_value,
+        "min_vector": inner.min_vector,
+        "max_vector": inner.max_vector,
+        "residual": inner.residual,
+        "coupling_norm": gram.max_value.clamp(min=0).sqrt(),
+        "escape_eigenvalue": escape.min_value,
+        "escape_in": escape_in,
+        "escape_out": across(escape_out),
+        "escape_residual": escape.residual[:, 0],
+        "stationarity_residual": curvature.coupling_adjoint(across.axis).norm(dim=1),
+    }
 
 
-def mean_interval(samples: Tensor, confidence: float) -> Tensor:
-    """Two-sided confidence interval of the mean of each column of (n, m) samples, (m, 2)."""
-    n, mean, squares = column_moments(samples)
-    error = NormalDist().inv_cdf(0.5 + confidence / 2) * standard_error(n, squares)
-    return torch.stack([mean - error, mean + error], dim=1)
+def _check(sweep: Sweep, fits: Mapping[str, Mapping[str, Tensor]], confidence: float) -> dict[str, dict[str, Tensor]]:
+    """Held-out confidence intervals of the fitted directions' Rayleigh quotients, in one pass through the batches."""
+    names = ("interval", "max_interval", "escape_interval")
+    metrics = {(layer, name): HeldOutQuotient(confidence) for layer in fits for name in names}
+    for parts in sweep.batches():
+        for layer in list(parts):
+            part, fit = parts.pop(layer), fits[layer]
+            metrics[layer, "interval"].update(part.quotients(fit["min_vector"]))
+            metrics[layer, "max_interval"].update(part.quotients(fit["max_vector"]))
+            escape = part.quotients(fit["escape_in"], fit["escape_out"], *_weights())
+            metrics[layer, "escape_interval"].update(escape)
+    return {
+        layer: {name: _interval(metrics[layer, name]).to(fit["residual"]) for name in names}
+        for layer, fit in fits.items()
+    }
+
+
+def _weights() -> tuple[float, float]:
+    """κ and γ of the mode in which two equal copies part."""
+    modes = splitting_modes(EQUAL)
+    return float(modes.curvature[0]), float(modes.coupling[0])
+
+
+def _interval(metric: HeldOutQuotient) -> Tensor:
+    found = metric.compute()
+    return torch.stack([found["lower"], found["upper"]], dim=1)

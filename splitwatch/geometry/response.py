@@ -20,6 +20,8 @@ from splitwatch.probe import LayerTrace
 
 Blocks = tuple[tuple[Tensor | None, ...], ...]
 
+_GRAPH = 6  # tensors that a graph holds for each of its ends
+
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
@@ -127,6 +129,13 @@ class Response:
     def narrow(self) -> bool:
         """Whether what the consumers read is held for the k neurons only."""
         return self.slopes is not None
+
+    @property
+    def nbytes(self) -> int:
+        """What is kept in memory; of a graph a guess."""
+        held = [x for blocks in (self.bends, self.slopes) for row in blocks or () for x in row if x is not None]
+        graph = 0 if self.graph is None else _GRAPH * sum(x.nbytes for x in (*self.graph.z, *self.graph.h))
+        return sum(x.nbytes for x in held) + graph
 
     def restricted(self, rows: Tensor) -> Response:
         """The same for some of the k neurons."""

@@ -1,0 +1,100 @@
+"""Going through a probe for the curvature of many layers: kept in memory where that fits, captured anew where not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from splitwatch.geometry.curvature import InnerCurvature, LayerCurvature
+from splitwatch.geometry.response import Pattern
+from splitwatch.probe import LayerTrace, Probe
+from splitwatch.ranks import summed_number
+from splitwatch.records import HiddenLayer
+
+MAX_BYTES = 2**31
+"""Default bound on what a measurement keeps in memory beside the model's own forward and backward pass."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Recaptured:
+    """A layer's curvature on each batch of a half, captured whenever it is gone through: a training pass a product."""
+
+    model: nn.Module
+    probe: Probe
+    half: str
+    layer: HiddenLayer
+    pattern: Pattern
+
+    def __iter__(self) -> Iterator[InnerCurvature]:
+        for traces in self.probe.traces(self.model, [self.layer], self.half):
+            yield InnerCurvature(traces[self.layer.name], self.pattern)
+
+
+class Sweep:
+    """The curvatures of hidden layers on one half of a probe, several at a time where memory allows.
+
+    Args:
+        model: the network, left as it was.
+        probe: where to measure.
+        layers: the hidden layers.
+        half: "fitted", "held_out" or "all".
+        max_bytes: what may be kept in memory at a time. Layers go together as far as they fit; one that does not fit
+            by itself is captured anew for every product.
+    """
+
+    def __init__(
+        self, model: nn.Module, probe: Probe, layers: Sequence[HiddenLayer], half: str, max_bytes: int = MAX_BYTES
+    ) -> None:
+        self.model, self.probe, self.layers, self.half, self.max_bytes = model, probe, layers, half, max_bytes
+        self.samples = probe.samples(half)
+        self.weight = self.samples / summed_number(self.samples)
+        self.sizes: dict[str, int] = {}
+        self.patterns: dict[str, Pattern] = {}
+
+    def batches(self) -> Iterator[dict[str, InnerCurvature]]:
+        """Every batch's curvatures by layer, one batch after the other."""
+        for traces in self.probe.traces(self.model, self.layers, self.half):
+            yield {name: self._part(name, trace) for name, trace in traces.items()}
+
+    def curvatures(self) -> Iterator[LayerCurvature]:
+        """Every layer's curvature on the whole half, one after the other; let go of one before taking the next."""
+        if self.layers:
+            first = next(self.probe.traces(self.model, self.layers, self.half))
+            for name in list(first):
+                part = self._part(name, first.pop(name))
+                self.sizes[name] = part.nbytes * self.samples // part.trace.size
+        for group in self._groups():
+            yield from self._kept(group) if self._fits(group) else self._recaptured(group)
+
+    def _part(self, name: str, trace: LayerTrace) -> InnerCurvature:
+        part = InnerCurvature(trace, self.patterns.get(name))
+        self.patterns[name] = part.response.pattern
+        return part
+
+    def _fits(self, group: Sequence[HiddenLayer]) -> bool:
+        return sum(self.sizes[layer.name] for layer in group) <= self.max_bytes
+
+    def _groups(self) -> Iterator[list[HiddenLayer]]:
+        group: list[HiddenLayer] = []
+        for layer in self.layers:
+            if group and not self._fits([*group, layer]):
+                yield group
+                group = []
+            group = [*group, layer]
+        if group:
+            yield group
+
+    def _kept(self, group: Sequence[HiddenLayer]) -> Iterator[LayerCurvature]:
+        parts: dict[str, list[InnerCurvature]] = {layer.name: [] for layer in group}
+        for traces in self.probe.traces(self.model, group, self.half):
+            for name in list(traces):
+                parts[name].append(self._part(name, traces.pop(name)))
+        for layer in group:
+            yield LayerCurvature.of(layer, tuple(parts.pop(layer.name)), self.weight)
+
+    def _recaptured(self, group: Sequence[HiddenLayer]) -> Iterator[LayerCurvature]:
+        for layer in group:
+            parts = Recaptured(self.model, self.probe, self.half, layer, self.patterns[layer.name])
+            yield LayerCurvature.of(layer, parts, self.weight)
