@@ -13,6 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up; a module may import from its own room and from those before it.
 ROOMS = (
     "records",
+    "precision",
     "undisturbed",
     "batches",
     "tape",

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from splitwatch.geometry.weights import extract_columns, insert_columns, outgoing_weights
 from splitwatch.layers import find_hidden_layers, select_layers
+from splitwatch.precision import full_precision
 from splitwatch.probe import LayerTrace, Probe
 from splitwatch.records import HiddenLayer, SplitWatchError
 
@@ -182,6 +183,7 @@ class LayerCurvature:
     parts: tuple[InnerCurvature, ...]
 
     @classmethod
+    @full_precision()
     def of(cls, layer: HiddenLayer, traces: Sequence[LayerTrace]) -> LayerCurvature:
         """The curvature from what the layer sees on each batch."""
         return cls(layer, tuple(InnerCurvature(trace) for trace in traces))
@@ -217,6 +219,7 @@ class LayerCurvature:
         """G_rᵀ v_r for every neuron, (m, c) → (m, d)."""
         return self._sum(lambda part: part.coupling_adjoint(v))
 
+    @full_precision()
     def quotients(self, u: Tensor, v: Tensor | None = None, kappa: float = 1.0, gamma: float = 0.0) -> Tensor:
         """Per-sample values of κ uᵀS u + 2γ vᵀG u over the whole half, (samples, m)."""
         return torch.cat([part.quotients(u, v, kappa, gamma) for part in self.parts])
@@ -230,6 +233,7 @@ class LayerCurvature:
         units = torch.eye(d, dtype=self.like.dtype, device=self.like.device)
         return torch.stack([product(unit.expand(m, d).contiguous())[chosen] for unit in units], dim=-1)
 
+    @full_precision()
     def _sum(self, product: Callable[[InnerCurvature], Tensor]) -> Tensor:
         total = self.parts[0].trace.share * product(self.parts[0])
         for part in self.parts[1:]:

@@ -12,6 +12,7 @@ from splitwatch.geometry.curvature import LayerCurvature
 from splitwatch.geometry.eigen import ExtremeEigenpairs, extreme_eigenpairs
 from splitwatch.geometry.plateau import splitting_modes
 from splitwatch.layers import find_hidden_layers, select_layers
+from splitwatch.precision import in_full_precision
 from splitwatch.probe import Probe
 from splitwatch.records import HiddenLayer, LayerGeometry
 
@@ -19,6 +20,7 @@ EQUAL = (0.5, 0.5)
 """The coefficients the escape operator is measured for: among two copies they give the coupling its largest weight."""
 
 
+@in_full_precision
 def measure_geometry(
     model: nn.Module,
     probe: Probe,
