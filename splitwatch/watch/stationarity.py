@@ -49,7 +49,8 @@ class StationarityDetector:
         self.losses.append(torch.as_tensor(loss).detach().reshape(()))
         if len(self.losses) < self.block:
             return None
-        self.means.append(float(torch.stack(self.losses).double().mean()))
+        losses = [loss.to(self.losses[-1].device) for loss in self.losses]  # those of a loaded state are on the CPU
+        self.means.append(float(torch.stack(losses).double().mean()))
         self.losses = []
         return self._judge()
 
