@@ -38,10 +38,11 @@ def full_precision(model: nn.Module | None = None) -> Iterator[None]:
         model: whose parameters and buffers to convert. They stay the objects they are, and hold the very same memory
             again afterwards; inside, a float32 copy of them takes twice their memory.
 
-    Every flag is as before afterwards. Autocast that is entered inside has an effect, except under ``Uncast``.
+    Convolutions choose their algorithms reproducibly inside: paths are replayed and compared to the bit. Every flag is
+    as before afterwards. Autocast that is entered inside has an effect, except under ``Uncast``.
     """
     autocast = [(device, torch.is_autocast_enabled(device)) for device in _DEVICES]
-    with _ieee(), _converted(model):
+    with _ieee(), _reproducible(), _converted(model):
         try:
             _leave_autocast()
             yield
@@ -123,6 +124,18 @@ def _ieee() -> Iterator[None]:
             torch._C._set_cudnn_allow_tf32(cudnn)
         for (backend, op), value in flags.items():
             torch._C._set_fp32_precision_setter(backend, op, value)
+
+
+@contextmanager
+def _reproducible() -> Iterator[None]:
+    """One and the same cuDNN algorithm for the same shapes, none that adds up in an order of its own."""
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    cudnn.benchmark, cudnn.deterministic = False, True
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before
 
 
 def _switch_off() -> tuple[str, bool, dict[tuple[str, str], str]]:

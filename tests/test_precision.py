@@ -335,6 +335,26 @@ def test_products_outside_of_measuring_are_in_full_precision_too(give_back, monk
     assert torch.get_float32_matmul_precision() == "medium"
 
 
+@pytest.mark.parametrize("benchmark", [True, False])
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_the_choice_of_algorithms_is_reproducible_inside(benchmark, deterministic):
+    cudnn, seen = torch.backends.cudnn, []
+
+    def loss(model, batch):
+        seen.append((cudnn.benchmark, cudnn.deterministic))
+        return mse(model, batch)
+
+    before = cudnn.benchmark, cudnn.deterministic
+    cudnn.benchmark, cudnn.deterministic = benchmark, deterministic
+    try:
+        model, probe = ZOO["mlp"].make(torch.float32)
+        altered(probe, loss).loss(model)
+        assert (cudnn.benchmark, cudnn.deterministic) == (benchmark, deterministic)
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before
+    assert set(seen) == {(False, True)}
+
+
 # --- GradScaler ------------------------------------------------------------------------------------------------------
 
 
