@@ -131,6 +131,8 @@ class Probe:
     def record(self, model: nn.Module, batch: Batch) -> tuple[Tape, Tensor]:
         """The loss of one batch with the tape of how it was computed, in eval mode, autograd graph kept.
 
+        Whoever follows the graph of a model with half-precision parameters does so within ``undisturbed(model)``.
+
         Raises:
             SplitWatchError: the loss is not a finite scalar, or depends on no parameter; or inference mode is on.
         """

@@ -6,12 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_devices import split_first
+from test_lightning import POLICY, fit
 from test_precision import altered, assert_close, numbers, under_autocast
 from test_probe import PROBING, assert_unchanged, make, picture
 from torch import nn
 from zoo import ZOO, mse
 
-from splitwatch import Grower, GrowthPolicy
+from splitwatch import Grower, GrowthPolicy, SplitWatch
 from splitwatch.geometry.curvature import layer_curvature
 from splitwatch.geometry.measure import measure_geometry
 from splitwatch.growth.grow import grow
@@ -200,3 +201,13 @@ def test_a_model_on_two_devices_is_refused():
     model[0].cuda()
     with pytest.raises(SplitWatchError, match=r"model: required parameters on one device, found cpu .*cuda:0 .*"):
         measure_geometry(model, probe)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed", "bf16-true"])
+def test_lightning_on_the_device(precision):
+    watch = SplitWatch(POLICY)
+    fit([watch], accelerator="gpu", devices=1, precision=precision)
+    assert watch.events
+    assert all(event.drift <= 1e-6 for event in watch.events if event.grown)
+    assert all(event.verdict is None or event.verdict.loss < 1 for event in watch.events)

@@ -57,12 +57,12 @@ class Wave(pl.LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 10_000)]
 
 
-def fit(callbacks, logger=False, module=None, steps=STEPS, **settings):
+def fit(callbacks, logger=False, module=None, steps=STEPS, accelerator="cpu", **settings):
     torch.manual_seed(0)
     module = Wave() if module is None else module
     with warnings.catch_warnings():
         trainer = pl.Trainer(
-            max_steps=steps, max_epochs=-1, accelerator="cpu", callbacks=callbacks, logger=logger,
+            max_steps=steps, max_epochs=-1, accelerator=accelerator, callbacks=callbacks, logger=logger,
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=10,
             **settings,
         )  # fmt: skip
@@ -237,3 +237,16 @@ def test_a_compiled_module_grows(part):
     fit([watch], module=module if part == "net" else torch.compile(module, backend="eager"))
     assert [set(event.widths) for event in watch.events if event.grown] == [{"net.0"}]
     assert module.net.get_submodule("0").out_features > 2
+
+
+def test_a_grad_scalers_factor_never_reaches_the_detector():
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=10_000)
+    plugin = pl.plugins.MixedPrecision("16-mixed", "cpu", scaler)
+    watch = SplitWatch(POLICY)
+    fit([watch], plugins=[plugin])
+    assert scaler.get_scale() > 1
+    assert watch.grower is not None
+    events = [event for event in watch.events if event.verdict is not None]
+    assert events
+    assert all(event.verdict.loss < 1 for event in events)
+    assert all(event.drift <= 1e-6 for event in events if event.grown)
