@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from splitwatch.linear_map import SUPPORTED, LinearCall, linear_call
 from splitwatch.tape import Call, Tape, Value
+
+_WRAPPED = "_orig_mod"
+"""Where a compiled module keeps the module it was made from."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,7 +46,7 @@ class Anatomy:
     def __init__(self, model: nn.Module, tape: Tape) -> None:
         self.tape = tape
         self.owners: dict[int, list[tuple[str, nn.Module]]] = defaultdict(list)
-        for name, module in model.named_modules():
+        for name, module in plain_modules(model):
             for tensor in (*module._parameters.values(), *module._buffers.values()):
                 if tensor is not None:
                     self.owners[id(tensor)].append((name, module))
@@ -83,6 +87,26 @@ class Anatomy:
         inner = [i for i in reached if not self.is_boundary(i)]
         path = self.tape.upstream([call.input for call in consumers], inner)
         return Slice(tuple(producers), tuple(path), tuple(consumers)), inner
+
+
+def plain_name(name: str) -> str:
+    """A dotted name as it is without ``torch.compile``, whose wrappers hold the module as ``_orig_mod``."""
+    return ".".join(part for part in name.split(".") if part != _WRAPPED)
+
+
+def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module with its plain name, but not the wrappers of compiled ones."""
+    for name, module in model.named_modules():
+        if _WRAPPED not in module._modules:
+            yield plain_name(name), module
+
+
+def plain_module(model: nn.Module, name: str = "") -> Any:
+    """The module of a plain name, without its wrapper; AttributeError where there is none."""
+    module: Any = model.get_submodule(name)
+    while _WRAPPED in module._modules:
+        module = module._modules[_WRAPPED]
+    return module
 
 
 def _is_depthwise(call: LinearCall) -> bool:

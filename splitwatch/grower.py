@@ -56,7 +56,7 @@ class Grower:
     Args:
         model: the network; its modules stay, their parameters are replaced when it grows.
         optimizer: the optimizer, or all of them.
-        loss_fn: ``loss_fn(model, batch)`` returns the scalar mean loss of a batch.
+        loss_fn: ``loss_fn(model, batch)`` returns the scalar mean loss of a batch, not scaled; it may open autocast.
         policy: budgets and schedule.
         monitor_only: measure and report, never grow.
         sinks: called with every event.
@@ -98,6 +98,8 @@ class Grower:
 
     def step(self, batch: Batch, loss: Tensor | float) -> GrowthEvent | None:
         """Take note of one training step, after ``optimizer.step()``; measure and grow where it is time to.
+
+        With a ``GradScaler`` this comes after ``scaler.update()``, and ``loss`` is the loss itself, not the scaled one.
 
         Returns:
             What happened, or None where nothing was measured.

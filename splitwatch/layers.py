@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from splitwatch.anatomy import Anatomy, Slice
+from splitwatch.anatomy import Anatomy, Slice, plain_module, plain_modules
 from splitwatch.channels import ChannelCodes, pre_activation
 from splitwatch.linear_map import SUPPORTED, LinearCall
 from splitwatch.records import Consumer, HiddenLayer, SplitWatchError, UnsupportedLayerError
 from splitwatch.tape import Call, Path, Tape, Value, is_floating
+from splitwatch.undisturbed import undisturbed
 
 if TYPE_CHECKING:
     from splitwatch.probe import Probe
@@ -39,8 +40,9 @@ def find_hidden_layers(model: nn.Module, probe: Probe) -> tuple[HiddenLayer, ...
     Raises:
         SplitWatchError: the loss is not finite or does not depend on any parameter.
     """
-    tape, loss = probe.record(model, probe.fitted[0])
-    return Discovery(model, tape, loss).layers()
+    with undisturbed(model):
+        tape, loss = probe.record(model, probe.fitted[0])
+        return Discovery(model, tape, loss).layers()
 
 
 def select_layers(layers: Iterable[HiddenLayer], names: Sequence[str] | None) -> tuple[HiddenLayer, ...]:
@@ -77,7 +79,7 @@ class Discovery:
         rows: dict[str, HiddenLayer] = {}
         absorbed: set[str] = set()
         order = {name: calls[0].index for name, calls in self.anatomy.calls.items()}
-        modules = [(name, module) for name, module in self.model.named_modules() if _holds_weights(module)]
+        modules = [(name, module) for name, module in plain_modules(self.model) if _holds_weights(module)]
         for name, module in sorted(modules, key=lambda item: order.get(item[0], len(self.tape.calls))):
             if name not in absorbed:
                 rows[name] = self.layer(name, module)
@@ -109,6 +111,8 @@ class Discovery:
             raise UnsupportedLayerError("its weight is used functionally" if uses else "the loss does not use it")
         if uses > 1:
             raise UnsupportedLayerError(f"{role} is used {uses} times in one pass (a shared module or tied weights)")
+        if any(p.is_complex() for p in parameters):
+            raise UnsupportedLayerError(f"{role} has complex weights")
         if not all(p.requires_grad for p in parameters):
             raise UnsupportedLayerError(f"{role} is frozen: its parameters do not require gradients")
         if calls[0].arguments["groups"] != 1:
@@ -201,7 +205,7 @@ class Discovery:
             if self.anatomy.is_boundary(index):
                 producer = self.anatomy.linear[index]
                 name = self._name(producer)
-                found.append(self._checked(name, self.model.get_submodule(name), f"{name}, met in {call.name},"))
+                found.append(self._checked(name, plain_module(self.model, name), f"{name}, met in {call.name},"))
                 continue
             inputs = [v for i, v in source.inputs.items() if self._is_activation(source.leaves[i])]
             if not inputs:
@@ -217,7 +221,7 @@ class Discovery:
         consumers = []
         for call in where.consumers:
             name = self._name(call)
-            self._checked(name, self.model.get_submodule(name), f"its consumer {name}")
+            self._checked(name, plain_module(self.model, name), f"its consumer {name}")
             consumers.append(_block(name, codes.columns(call), width))
         return tuple(consumers)
 

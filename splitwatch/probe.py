@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from splitwatch.anatomy import Anatomy
+from splitwatch.anatomy import Anatomy, plain_module
 from splitwatch.batches import Batch, batch_size, cut, halve, shares
 from splitwatch.linear_map import LinearMap
+from splitwatch.precision import Uncast, upcast
 from splitwatch.records import HiddenLayer, SplitWatchError
 from splitwatch.tape import Path, Tape
 from splitwatch.undisturbed import undisturbed
@@ -87,7 +88,7 @@ class Probe:
         """
         batches = self.half(half)
         with undisturbed(model), torch.no_grad():
-            losses = [float(self._checked(self.loss_fn(model, batch), finite).double()) for batch in batches]
+            losses = [float(self._checked(self._run(model, batch), finite).double()) for batch in batches]
         return sum(value * share for value, share in zip(losses, shares(batches), strict=True))
 
     def gradients(self, model: nn.Module, at_least: int = 8) -> Iterator[tuple[Tensor, int]]:
@@ -103,9 +104,10 @@ class Probe:
         parts = -(-at_least // len(batches))
         for batch in (piece for whole in batches for piece in cut(whole, parts)):
             with undisturbed(model), torch.enable_grad():
-                loss = self._checked(self.loss_fn(model, batch))
+                loss = self._checked(self._run(model, batch))
                 grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-            yield torch.cat([g.flatten() for g in grads]), batch_size(batch)
+                flat = [torch.view_as_real(g) if g.is_complex() else g for g in grads]
+            yield torch.cat([g.flatten() for g in flat]), batch_size(batch)
 
     def outputs(self, model: nn.Module, modules: Sequence[str]) -> list[Tensor]:
         """What some modules put out on the first batch, in eval mode.
@@ -117,10 +119,10 @@ class Probe:
         def keep(name: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
             found[name] = output.detach().clone()  # a copy: what follows may change it in place
 
-        hooks = [model.get_submodule(name).register_forward_hook(partial(keep, name)) for name in modules]
+        hooks = [plain_module(model, name).register_forward_hook(partial(keep, name)) for name in modules]
         try:
-            with undisturbed(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-                self._checked(self.loss_fn(model, self.fitted[0]))
+            with undisturbed(model), torch.no_grad():
+                self._checked(self._run(model, self.fitted[0]))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -129,14 +131,16 @@ class Probe:
     def record(self, model: nn.Module, batch: Batch) -> tuple[Tape, Tensor]:
         """The loss of one batch with the tape of how it was computed, in eval mode, autograd graph kept.
 
+        Whoever follows the graph of a model with half-precision parameters does so within ``undisturbed(model)``.
+
         Raises:
             SplitWatchError: the loss is not a finite scalar, or depends on no parameter; or inference mode is on.
         """
         if torch.is_inference_mode_enabled():
             raise SplitWatchError("probe: required autograd, found torch.inference_mode(); measure outside of it")
         tape = Tape()
-        with undisturbed(model), torch.enable_grad(), torch.compiler.set_stance("force_eager"), tape:
-            loss = self.loss_fn(model, batch)
+        with undisturbed(model), torch.enable_grad(), tape:
+            loss = self._run(model, batch)
         loss = self._checked(loss)
         if not loss.requires_grad:
             raise SplitWatchError(
@@ -166,9 +170,15 @@ class Probe:
     def _traces(
         self, model: nn.Module, layers: Sequence[HiddenLayer], batch: Batch, share: float
     ) -> dict[str, LayerTrace]:
-        tape, loss = self.record(model, batch)
-        anatomy = Anatomy(model, tape)
-        return {layer.name: _trace(anatomy, layer, loss, batch_size(batch), share) for layer in layers}
+        with undisturbed(model):
+            tape, loss = self.record(model, batch)
+            anatomy = Anatomy(model, tape)
+            return {layer.name: _trace(anatomy, layer, loss, batch_size(batch), share) for layer in layers}
+
+    def _run(self, model: nn.Module, batch: Batch) -> Any:
+        """What the loss function returns; what it would compute in half precision is computed in float32."""
+        with Uncast():
+            return self.loss_fn(model, upcast(batch))
 
     @staticmethod
     def _checked(loss: Any, finite: bool = True) -> Tensor:

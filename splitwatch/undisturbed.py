@@ -8,11 +8,54 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
+
+from splitwatch.precision import full_precision
+from splitwatch.records import SplitWatchError
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Eval mode, full precision and nothing compiled inside; everything outside is as before, to the bit.
+
+    RNG state, modes, buffers, metric states and precision flags are put back.
+
+    Raises:
+        SplitWatchError: the parameters are on several devices, or hold no values.
+    """
+    check_parameters(model)
+    with full_precision(model), torch.compiler.set_stance("force_eager"), _restored(model):
+        yield
+
+
+def check_parameters(model: nn.Module) -> None:
+    """Refuse models that cannot be run as they are.
+
+    Raises:
+        SplitWatchError: the parameters are on several devices, or hold no values.
+    """
+    where: dict[str, str] = {}
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise SplitWatchError(
+                f"model: required parameters with values, found {name} uninitialised; run the model on a batch first"
+            )
+        where.setdefault(str(parameter.device), name)
+    if "meta" in where:
+        raise SplitWatchError(
+            f"model: required parameters with values, found {where['meta']} on the meta device; "
+            "use model.to_empty(device=...) and load or initialise them first"
+        )
+    if len(where) > 1:
+        found = ", ".join(f"{device} ({name})" for device, name in sorted(where.items()))
+        raise SplitWatchError(
+            f"model: required parameters on one device, found {found}; move the model to one with model.to(device)"
+        )
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; RNG state, modes, buffers and metric states outside are as before, to the bit."""
     modes = {module: module.training for module in model.modules()}
     buffers = [(b, b._version, b.detach().clone()) for b in model.buffers()]

@@ -16,6 +16,7 @@ ROOMS = (
     "ranks",
     "metrics",
     "budget",
+    "precision",
     "undisturbed",
     "batches",
     "tape",

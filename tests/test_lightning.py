@@ -57,12 +57,12 @@ class Wave(pl.LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 10_000)]
 
 
-def fit(callbacks, logger=False, module=None, steps=STEPS, **settings):
+def fit(callbacks, logger=False, module=None, steps=STEPS, accelerator="cpu", **settings):
     torch.manual_seed(0)
-    module = module or Wave()
+    module = Wave() if module is None else module
     with warnings.catch_warnings():
         trainer = pl.Trainer(
-            max_steps=steps, max_epochs=-1, accelerator="cpu", callbacks=callbacks, logger=logger,
+            max_steps=steps, max_epochs=-1, accelerator=accelerator, callbacks=callbacks, logger=logger,
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=10,
             **settings,
         )  # fmt: skip
@@ -197,3 +197,56 @@ def fit_from(path):
     )  # fmt: skip
     trainer.fit(module, DataLoader(TensorDataset(*make_data()), batch_size=64), ckpt_path=path)
     return module, trainer
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed", "bf16-true", "16-true"])
+def test_every_precision_is_measured_in_full(precision):
+    watch = SplitWatch(POLICY)
+    module, _ = fit([watch], module=Half() if precision == "16-true" else None, precision=precision)
+    grown = [event for event in watch.events if event.grown]
+    assert len(grown) == 1
+    dtype = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}.get(
+        precision, torch.float32
+    )
+    assert {p.dtype for p in module.net.parameters()} == {dtype}
+    measured = {found.min_eigenvalue.dtype for found in grown[0].geometry.values()}
+    assert measured == {torch.float64 if dtype is torch.float64 else torch.float32}
+    assert grown[0].drift <= 1e-6
+
+
+class Half(Wave):
+    """float16 has no room for Adam's default epsilon."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Silent(Wave):
+    """Nothing but the loss: the compiler cannot look through Lightning's logging."""
+
+    def training_step(self, batch, batch_idx):
+        return F.mse_loss(self.net(batch[0]), batch[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*grad attribute of a Tensor.*", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("part", ["module", "net"])
+def test_a_compiled_module_grows(part):
+    watch, module = SplitWatch(POLICY), Silent()
+    if part == "net":
+        module.net = torch.compile(module.net, backend="eager")
+    fit([watch], module=module if part == "net" else torch.compile(module, backend="eager"))
+    assert [set(event.widths) for event in watch.events if event.grown] == [{"net.0"}]
+    assert module.net.get_submodule("0").out_features > 2
+
+
+def test_a_grad_scalers_factor_never_reaches_the_detector():
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=10_000)
+    plugin = pl.plugins.MixedPrecision("16-mixed", "cpu", scaler)
+    watch = SplitWatch(POLICY)
+    fit([watch], plugins=[plugin])
+    assert scaler.get_scale() > 1
+    assert watch.grower is not None
+    events = [event for event in watch.events if event.verdict is not None]
+    assert events
+    assert all(event.verdict.loss < 1 for event in events)
+    assert all(event.drift <= 1e-6 for event in events if event.grown)

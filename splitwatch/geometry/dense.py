@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from splitwatch.geometry.curvature import LayerCurvature
 from splitwatch.geometry.sweep import Sweep
 from splitwatch.layers import find_hidden_layers, select_layers
+from splitwatch.precision import in_full_precision
 from splitwatch.probe import Probe
 from splitwatch.records import HiddenLayer, SplitWatchError
 
 
+@in_full_precision
 def inner_hessian(
     model: nn.Module, layer: HiddenLayer | str, probe: Probe, neurons: Sequence[int] | None = None, half: str = "all"
 ) -> Tensor:
@@ -35,6 +37,7 @@ def inner_hessian(
     return curvature.dense(curvature.hessian)
 
 
+@in_full_precision
 def coupling(
     model: nn.Module, layer: HiddenLayer | str, probe: Probe, neurons: Sequence[int] | None = None, half: str = "all"
 ) -> Tensor:
@@ -43,6 +46,7 @@ def coupling(
     return curvature.dense(curvature.coupling)
 
 
+@in_full_precision
 def layer_curvature(
     model: nn.Module, layer: HiddenLayer | str, probe: Probe, half: str = "all", neurons: Sequence[int] | None = None
 ) -> LayerCurvature:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from splitwatch.geometry.dense import layer_curvature
 from splitwatch.geometry.plateau import Narrow, classify_split
 from splitwatch.geometry.weights import neuron_weights
+from splitwatch.precision import in_full_precision
 from splitwatch.probe import Probe
 from splitwatch.records import HiddenLayer, PlateauVerdict
 
@@ -17,6 +18,7 @@ DENSE_LIMIT = 128
 """Incoming or outgoing weights of a neuron up to which its matrices are formed, one product a column."""
 
 
+@in_full_precision
 def diagnose_splits(
     model: nn.Module,
     probe: Probe,

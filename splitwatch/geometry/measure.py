@@ -15,6 +15,7 @@ from splitwatch.geometry.plateau import splitting_modes
 from splitwatch.geometry.sweep import MAX_BYTES, Sweep
 from splitwatch.layers import find_hidden_layers, select_layers
 from splitwatch.metrics import HeldOutQuotient
+from splitwatch.precision import in_full_precision
 from splitwatch.probe import Probe
 from splitwatch.records import HiddenLayer, LayerGeometry
 
@@ -22,6 +23,7 @@ EQUAL = (0.5, 0.5)
 """The coefficients the escape operator is measured for: among two copies they give the coupling its largest weight."""
 
 
+@in_full_precision
 def measure_geometry(
     model: nn.Module,
     probe: Probe,

@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from splitwatch.batches import Batch, shares
 from splitwatch.geometry.eigen import dense_operator, extreme_eigenpairs
 from splitwatch.geometry.plateau import RELATIVE_ZERO, Narrow
+from splitwatch.precision import in_full_precision
 from splitwatch.probe import Probe
 from splitwatch.records import SplitWatchError
 
@@ -57,6 +58,7 @@ class NarrowVerdict:
         return f"{self.kind}: {self.reason}; eigenvalues {spectrum}; {gradient}"
 
 
+@in_full_precision
 def narrow_verdict(
     model: nn.Module, probe: Probe, *, tolerance: float = 1e-3, seed: int = 0, half: str = "all", tested: bool = False
 ) -> NarrowVerdict:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from splitwatch.geometry.weights import incoming_weights, outgoing_weights
 from splitwatch.layers import find_hidden_layers, select_layers
+from splitwatch.precision import in_full_precision
 from splitwatch.probe import LayerTrace, Probe
 from splitwatch.records import HiddenLayer, SplitWatchError, UnsupportedLayerError
 
@@ -72,6 +73,7 @@ class PiecewiseLayer:
     neurons: tuple[PiecewiseNeuron, ...]
 
 
+@in_full_precision
 def piecewise_layer(
     model: nn.Module,
     layer: HiddenLayer | str,

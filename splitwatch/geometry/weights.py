@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from splitwatch.anatomy import plain_module
+from splitwatch.precision import upcast
 from splitwatch.records import HiddenLayer
 
 
@@ -41,9 +43,10 @@ def outgoing_weights(layer: HiddenLayer, readers: Sequence[Tensor]) -> Tensor:
 
 
 def neuron_weights(model: nn.Module, layer: HiddenLayer) -> tuple[Tensor, Tensor]:
-    """Incoming weights w (m, d) and outgoing weights v (m, c) of a hidden layer of a model, detached."""
-    producers: list[Any] = [model.get_submodule(name) for name in layer.producers]
-    consumers: list[Any] = [model.get_submodule(consumer.name) for consumer in layer.consumers]
-    readers = [module.weight.detach() for module in consumers]
-    biases = [None if module.bias is None else module.bias.detach() for module in producers]
-    return incoming_weights([module.weight.detach() for module in producers], biases), outgoing_weights(layer, readers)
+    """Incoming weights w (m, d) and outgoing weights v (m, c) of a hidden layer, detached, float32 at least."""
+    producers: list[Any] = [plain_module(model, name) for name in layer.producers]
+    consumers: list[Any] = [plain_module(model, consumer.name) for consumer in layer.consumers]
+    readers = [upcast(module.weight.detach()) for module in consumers]
+    biases = [None if module.bias is None else upcast(module.bias.detach()) for module in producers]
+    weights = [upcast(module.weight.detach()) for module in producers]
+    return incoming_weights(weights, biases), outgoing_weights(layer, readers)

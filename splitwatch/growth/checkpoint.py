@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from splitwatch.anatomy import plain_module, plain_name
 from splitwatch.growth.handlers import columns, rows
 from splitwatch.records import GrowthPlan, SplitWatchError
 
@@ -53,6 +54,7 @@ class GrowthHistory:
     def on_load(self, module: nn.Module, state: Any, prefix: str, local: Mapping[str, Any], *_: Any) -> None:
         """Load pre-hook: give the model the widths of the state dict."""
         stored = local.get(_KEY, {})
+        state, prefix = {plain_name(name): tensor for name, tensor in state.items()}, plain_name(prefix)
         for name in {**self.layers, **stored}:
             _resize(module, state, prefix, stored.get(name) or self.layers[name])
         self.layers = {**self.layers, **stored}
@@ -60,6 +62,7 @@ class GrowthHistory:
 
 def make_growable(model: nn.Module) -> GrowthHistory:
     """Let a model's state dicts cross widths; calling it again changes nothing. Returns the model's history."""
+    model = plain_module(model)
     for hook in model._state_dict_hooks.values():
         if isinstance(hook, GrowthHistory):
             return hook
@@ -125,12 +128,12 @@ def _resize(model: nn.Module, state: Mapping[str, Any], prefix: str, layer: Mapp
         return
     width = len(new)
     for name in (*layer["producers"], *layer["riders"]):
-        module = model.get_submodule(name)
+        module = plain_module(model, name)
         _set_width(module, rows(module).tensors, 0, width)
         for size in rows(module).sizes:
             setattr(module, size, width)
     for name, _, stride in layer["consumers"]:
-        module: Any = model.get_submodule(name)
+        module: Any = plain_module(model, name)
         saved = state.get(f"{prefix}{name}.weight")
         inputs = module.weight.shape[1] if saved is None else saved.shape[1]
         if (inputs - module.weight.shape[1]) % stride == 0:

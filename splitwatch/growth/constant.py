@@ -13,6 +13,7 @@ from splitwatch.growth.widening import submodule
 from splitwatch.linear_map import LinearMap
 from splitwatch.probe import Probe
 from splitwatch.records import Consumer, HiddenLayer
+from splitwatch.undisturbed import undisturbed
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,11 +48,12 @@ def contributions(
     """
     parts: dict[Consumer, list[Contribution]] = {consumer: [] for consumer in layer.consumers}
     for batch in probe.half("all"):
-        anatomy = Anatomy(model, probe.record(model, batch)[0])
-        for consumer, found in parts.items():
-            weight = submodule(model, consumer.name).weight.detach()
-            for call in anatomy.calls.get(consumer.name, []):
-                found.append(_contribution(consumer, LinearMap.of(call), weight, neurons))
+        with undisturbed(model):
+            anatomy = Anatomy(model, probe.record(model, batch)[0])
+            for consumer, found in parts.items():
+                weight = submodule(model, consumer.name).weight.detach()
+                for call in anatomy.calls.get(consumer.name, []):
+                    found.append(_contribution(consumer, LinearMap.of(call), weight, neurons))
     return tuple(_joined(found) for found in parts.values())
 
 

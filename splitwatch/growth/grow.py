@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from splitwatch.anatomy import plain_name
 from splitwatch.growth.checkpoint import remember
 from splitwatch.growth.optimizer import exchange
 from splitwatch.growth.surgery import Surgery, prepare
 from splitwatch.probe import Probe
 from splitwatch.records import GrowthEvent, GrowthPlan, SplitWatchError
 
-_DRIFT_BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-6}
+_DRIFT_BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+"""By the precision in which the copies' weights are rounded; those of equal copies are halves, exact in any."""
 
 
 def grow(
@@ -32,7 +34,8 @@ def grow(
         probe: where output drift at zero offset and the realised decrease are measured; neither is known without it.
 
     Returns:
-        What happened; ``drift`` is at most 1e-6 in float32, 1e-12 in float64, or growth is undone.
+        What happened; ``drift`` is at most 1e-6 in float32, 1e-12 in float64 (2e-3 and 2e-2 where the
+        parameters are float16 and bfloat16), or growth is undone.
 
     Raises:
         SplitWatchError: the plan does not fit the model, the function changes at zero offset, or the widened network
@@ -41,9 +44,9 @@ def grow(
     optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     start, before = time.perf_counter(), count_parameters(model)
     surgery = prepare(model, plan)
-    drift = _drift(model, plan, probe) if probe is not None and plan else float("nan")
+    drift = _drift(model, plan, probe, surgery.precision) if probe is not None and plan else float("nan")
     losses = _losses(model, probe)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(parameter): plain_name(name) for name, parameter in model.named_parameters()}
     exchanges = [exchange(optimizer, surgery.replacements) for optimizer in optimizers]
     states = [dict(optimizer.state) for optimizer in optimizers]
     undo = surgery.commit()
@@ -94,7 +97,7 @@ def _losses(model: nn.Module, probe: Probe | None) -> list[float]:
     return [] if probe is None else [probe.loss(model, half) for half in ("fitted", "held_out")]
 
 
-def _drift(model: nn.Module, plan: GrowthPlan, probe: Probe) -> float:
+def _drift(model: nn.Module, plan: GrowthPlan, probe: Probe, precision: torch.dtype) -> float:
     """Relative change of what the widened layers' consumers put out when copies have no offset yet."""
     grown = {move.layer for move in plan.moves}
     consumers = sorted({c.name for layer in plan.layers if layer.name in grown for c in layer.consumers})
@@ -108,7 +111,7 @@ def _drift(model: nn.Module, plan: GrowthPlan, probe: Probe) -> float:
             f"{sorted(grown)}: {error}; look for sizes written into the code (such as view(-1, 128))"
         ) from error
     drift = max((_relative(a, b) for a, b in zip(after, before, strict=True)), default=0.0)
-    bound = _DRIFT_BOUNDS.get(before[0].dtype, 8 * torch.finfo(before[0].dtype).eps)
+    bound = max(_DRIFT_BOUNDS[dtype] for dtype in (precision, before[0].dtype))
     if not (isfinite(drift) and drift <= bound):
         raise SplitWatchError(
             f"plan: required outputs that change by at most {bound:g} (relative) at zero offset, found {drift:.2e} in "

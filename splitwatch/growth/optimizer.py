@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer, RMSprop
 
-from splitwatch.growth.surgery import Replacement
+from splitwatch.growth.surgery import Replacement, laid_out_like
 
 Scale = Callable[[Tensor], Tensor]
 
@@ -129,4 +129,4 @@ def _carry(optimizer: Optimizer, key: str, value: Tensor, item: Replacement) -> 
     else:
         scale = _NORMALISED.get((type(optimizer), key)) or STATES.get(key, NONE)
         carried = item.carry_gradient(value, scale)
-    return carried.to(dtype=value.dtype, memory_format=torch.preserve_format)
+    return laid_out_like(value, carried.to(value.dtype))

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from splitwatch.anatomy import plain_name
 from splitwatch.growth.checkpoint import read_state, stored_history
 from splitwatch.growth.reduction import redundancy
 from splitwatch.records import Consumer, HiddenLayer
@@ -31,7 +32,7 @@ def stored_redundancy(path: str | os.PathLike[str], tolerance: float = 1e-6) -> 
     """
     state, _ = read_state(path)
     prefix, history = stored_history(state)
-    tensors = {name.removeprefix(f"{prefix}."): tensor for name, tensor in state.items()} if prefix else state
+    tensors = {plain_name(name.removeprefix(f"{prefix}.")): tensor for name, tensor in state.items()}
     told = [name for name, entry in history.items() if _is_told(entry, tensors)]
     found = redundancy(
         _stand_in([history[name] for name in told], tensors),

@@ -51,6 +51,12 @@ class Surgery:
     replacements: tuple[Replacement, ...]
     sizes: tuple[tuple[nn.Module, str, int], ...]
 
+    @property
+    def precision(self) -> torch.dtype:
+        """The coarsest type of the tensors that change."""
+        types = {item.old.dtype for item in self.replacements if item.old.is_floating_point()}
+        return max(types, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)
+
     def commit(self) -> Surgery:
         """Put everything in place; returns the surgery that undoes it, and undoes itself on any failure."""
         undo = Surgery(
@@ -129,6 +135,7 @@ class _Edit:
         for edit in (self, *self.then):
             new = edit._rows(new, offsets) if edit.index.axis == 0 else edit._columns(new, offsets, seen)
             seen = edit.index if edit.index.axis == 0 else seen
+        new = laid_out_like(old, new)
         maps = tuple((edit.index, *edit._gains()) for edit in (self, *self.then))
         replacement = Replacement(self.module, self.attribute, old, new, maps)
         return replace(replacement, new=_parameter_like(replacement)) if isinstance(old, nn.Parameter) else replacement
@@ -211,5 +218,15 @@ def _parameter_like(replacement: Replacement) -> nn.Parameter:
     new = nn.Parameter(replacement.new, requires_grad=old.requires_grad)
     vars(new).update(vars(old))
     if old.grad is not None:
-        new.grad = replacement.carry_gradient(old.grad)
+        new.grad = laid_out_like(old.grad, replacement.carry_gradient(old.grad))
     return new
+
+
+def laid_out_like(old: Tensor, new: Tensor) -> Tensor:
+    """A widened tensor in the memory format of the one it came from: channels last, or else contiguous."""
+    ordinary = torch.empty(old.shape, device="meta").stride()
+    for memory_format in (torch.channels_last, torch.channels_last_3d):
+        axes = 4 if memory_format is torch.channels_last else 5
+        if old.ndim == axes and old.stride() != ordinary and old.is_contiguous(memory_format=memory_format):
+            return new.contiguous(memory_format=memory_format)
+    return new.contiguous()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from splitwatch.anatomy import plain_module
 from splitwatch.records import GrowthPlan, HiddenLayer, Split, SplitWatchError, Sprout, UnsupportedLayerError
 
 
@@ -164,7 +165,7 @@ def _sizes(model: nn.Module, layer: HiddenLayer) -> tuple[int, int]:
 def submodule(model: nn.Module, name: str) -> Any:
     """A module of the model by its dotted name."""
     try:
-        return model.get_submodule(name)
+        return plain_module(model, name)
     except AttributeError:
         raise SplitWatchError(f"plan: required a module named {name!r} in the model, found none; plan again") from None
 
