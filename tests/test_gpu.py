@@ -14,6 +14,7 @@ from zoo import ZOO, mse
 
 from splitwatch import Grower, GrowthPolicy, SplitWatch
 from splitwatch.geometry.dense import layer_curvature
+from splitwatch.precision import full_precision
 from splitwatch.geometry.measure import measure_geometry
 from splitwatch.growth.grow import grow
 from splitwatch.growth.plan import plan_growth
@@ -88,7 +89,8 @@ def test_products_are_exact_to_float32_though_training_allows_tf32():
     wide = Probe([(x.double(), y.double()) for x, y in batches], mse)
     expected = layer_curvature(truth, "0", wide).hessian(direction.double())
     model, probe = on_cuda(model, Probe(batches, mse))
-    found = layer_curvature(model, "0", probe).hessian(direction.cuda())
+    with full_precision(model):
+        found = layer_curvature(model, "0", probe).hessian(direction.cuda())
     assert float((found.double().cpu() - expected).norm() / expected.norm()) < 1e-5
 
 

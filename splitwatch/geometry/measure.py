@@ -189,4 +189,4 @@ def _weights() -> tuple[float, float]:
 
 def _interval(metric: HeldOutQuotient) -> Tensor:
     found = metric.compute()
-    return torch.stack([found["lower"], found["upper"]], dim=1)
+    return torch.stack([found["lower"].reshape(-1), found["upper"].reshape(-1)], dim=1)  # torchmetrics squeezes (1,)
