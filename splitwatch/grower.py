@@ -156,7 +156,7 @@ class Grower:
         """
         probe = self._probe()
         layers = self._layers(probe)
-        geometry = measure_geometry(self.model, probe, layers)
+        geometry = measure_geometry(self.model, probe, layers, wanted=self.policy.max_neurons)
         return plan_growth(self.model, geometry, probe, self.policy, layers=layers)
 
     def state_dict(self) -> dict[str, Any]:
@@ -207,7 +207,7 @@ class Grower:
                 return GrowthEvent(plan, {}, (parameters, parameters), verdict=verdict, seconds=stages.seconds)
             with stages(GEOMETRY):
                 layers = self._layers(probe)
-                geometry = measure_geometry(self.model, probe, layers)
+                geometry = measure_geometry(self.model, probe, layers, wanted=self.policy.max_neurons)
             with stages("plan"):
                 plan = plan_growth(self.model, geometry, probe, self.policy, layers=layers)
             with stages("diagnosis"):
