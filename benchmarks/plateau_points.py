@@ -137,6 +137,8 @@ def designed(rng: np.random.Generator, family: str, activation: str) -> Landscap
     error, out = torch.as_tensor(basis @ residual).view_as(land.Y), land.model(land.X).detach()
     scale = float(rng.choice([0.02, 0.1, 0.5])) / max(float(error.square().mean().sqrt()), 1e-12)
     land.Y = (out.softmax(1) if land.classes else out) - scale * error
+    if scale < 1e-4:  # an ill-conditioned system, and next to nothing left of S and G
+        return None
     land.prescribed = (str(index), r, torch.as_tensor(S) * scale / len(land.X))
     return None if land.classes and float(land.Y.min()) < 0 else land
 

@@ -5,7 +5,13 @@ import pathlib
 import sys
 from collections import Counter
 
+import numpy as np
 import pytest
+import torch
+from torch import nn
+
+from splitwatch import Probe, coupling, find_hidden_layers, inner_hessian
+from splitwatch.growth.embedding import critical_embedding
 
 ORACLE = pathlib.Path(__file__).parent.parent / "benchmarks" / "plateau_oracle.py"
 
@@ -20,12 +26,43 @@ def oracle(monkeypatch):
     return module
 
 
+def random_landscape(oracle, family, activation):
+    points, rng = sys.modules["plateau_points"], np.random.default_rng(3)
+    land = points.build(rng, family, activation, bias=activation != "sin")
+    targets = torch.as_tensor(rng.normal(size=land.Y.shape))
+    land.Y = targets.softmax(1) if land.classes else targets
+    return land
+
+
+def close(digits, numbers, scale):
+    return np.abs(digits.astype(float) - numbers.numpy()).max() <= 1e-13 * max(float(scale), 1.0)
+
+
+@pytest.mark.parametrize("activation", ["tanh", "GELU", "softplus", "sin"])
+@pytest.mark.parametrize("family", ["multi-output", "3 classes", "deep"])
+def test_sixty_digits_agree_with_autograd(oracle, family, activation):
+    land = random_landscape(oracle, family, activation)
+    net, hessian = sys.modules["plateau_digits"].Network.of(land), land.hessian(land.point)
+    gradient, digits = net.derivatives()
+    assert torch.equal(net.point(), land.point)
+    assert close(gradient, land.gradient(land.point), 1.0)
+    assert close(digits, hessian, hessian.abs().max())
+    probe = Probe([(land.X, land.Y)], land.loss_fn)
+    for layer in (layer for layer in find_hidden_layers(land.model, probe) if layer.growable):
+        S, G = net.measured(int(layer.name) // 2, 0)
+        assert close(S, inner_hessian(land.model, layer, probe)[0], 1.0)
+        assert close(G, coupling(land.model, layer, probe)[0], 1.0)
+        wide = critical_embedding(land.model, layer, 0, (0.5, 0.9, -0.4))
+        embedded = net.embedded(int(layer.name) // 2, 0, (0.5, 0.9, -0.4)).point()
+        assert torch.allclose(embedded, nn.utils.parameters_to_vector(wide.parameters()).detach(), rtol=1e-14, atol=0)
+
+
 @pytest.mark.slow
 def test_no_disagreement_in_300_cases(oracle):
     cases, points = oracle.run(300, seed=0)
     assert len(cases) >= 300
     assert [case for case in cases if case.wrong] == []
-    assert sum(bool(case.grey) for case in cases) <= len(cases) // 50
+    assert sum(bool(case.grey) for case in cases) <= len(cases) // 100
     spectra = Counter(case.spectrum for case in cases if not case.grey)
     assert min(spectra["positive"], spectra["negative"], spectra["indefinite"]) >= 20, spectra
     assert {len(case.coefficients) for case in cases} == {2, 3, 4, 5}
