@@ -19,9 +19,8 @@ mp = MPContext()
 mp.dps = 60
 # The smallest nonzero eigenvalues are about g² for couplings g ≥ 1e-12; symmetries leave 1e-50, rounding 1e-58.
 ZERO, CLEAR, STATIONARY = mp.mpf("1e-40"), mp.mpf("1e-30"), mp.mpf("1e-48")
-FLAT = (
-    1e-14  # next to a point known to 1e-16, eigenvalues up to this size may come from a manifold of stationary points
-)
+# Next to a point known to 1e-16, eigenvalues up to this size may come from a manifold of stationary points.
+FLAT = 1e-14
 Array = np.ndarray  # of mpf
 digits = np.frompyfunc(mp.mpf, 1, 1)
 

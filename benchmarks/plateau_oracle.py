@@ -6,8 +6,8 @@ wide network is built by ``critical_embedding`` and its Hessian taken by autogra
 
 Points are *trained* (L-BFGS for a random number of steps, then Levenberg-Marquardt on the gradient, which finds saddles
 as well) or *designed*: gradient, S and G are linear in the output residual, so targets are chosen that make the
-gradient vanish and prescribe S and G. Eigenvalues are compared with the norm of the Hessian (of the narrow network, for
-S and G): up to ZERO they count as zero, from CLEAR on as nonzero; a case with one in between counts as undecided.
+gradient vanish and prescribe S and G. Where float64 cannot tell an eigenvalue from zero, the case is looked at again at
+60 digits (``plateau_looks``) and counts as settled, or as undecided if that does not tell either.
 
     python benchmarks/plateau_oracle.py --cases 3000 --seed 0
 """
