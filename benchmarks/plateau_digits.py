@@ -1,7 +1,7 @@
-"""The plateau oracle's second look, at 60 digits: what float64 leaves open between zero and nonzero.
+"""The plateau oracle's networks at 150 digits, with derivatives that are written out.
 
-A ``Network`` is the oracle's landscape with mpmath numbers in numpy arrays of objects. Its derivatives are written out:
-the gradient by backpropagation, the Hessian by carrying the derivative of everything in all parameters along.
+A ``Network`` is the oracle's landscape with mpmath numbers in numpy arrays of objects: the gradient by backpropagation,
+the Hessian by carrying the derivative of everything in all parameters along.
 """
 
 from __future__ import annotations
@@ -16,11 +16,7 @@ from plateau_points import Landscape, Sine
 from torch import Tensor, nn
 
 mp = MPContext()
-mp.dps = 60
-# The smallest nonzero eigenvalues are about g² for couplings g ≥ 1e-12; symmetries leave 1e-50, rounding 1e-58.
-ZERO, CLEAR, STATIONARY = mp.mpf("1e-40"), mp.mpf("1e-30"), mp.mpf("1e-48")
-# Next to a point known to 1e-16, eigenvalues up to this size may come from a manifold of stationary points.
-FLAT = 1e-14
+mp.dps = 150
 Array = np.ndarray  # of mpf
 digits = np.frompyfunc(mp.mpf, 1, 1)
 
@@ -65,45 +61,46 @@ class Layer:
     def size(self) -> int:
         return self.weight.size + (0 if self.bias is None else self.bias.size)
 
-    def forward(self, x: Array, dx: Array) -> None:
-        """Keep the inputs x (N, i), pre-activations z (N, o), outputs y, and their derivatives (N, ·, p)."""
-        (samples, fan_in), fan_out = x.shape, len(self.weight)
+    def forward(self, x: Array) -> Array:
+        """Keep the inputs x (N, i) and pre-activations z (N, o); the outputs."""
         self.inputs = x if self.bias is None else np.pad(x, ((0, 0), (0, 1)), constant_values=mp.one)
-        self.x, self.dx, self.z = x, dx, x @ self.weight.T + (0 if self.bias is None else self.bias)
+        self.x, self.z = x, x @ self.weight.T + (0 if self.bias is None else self.bias)
+        y, self.slope, self.bend = np.frompyfunc(self.jet, 1, 3)(self.z)
+        return y
+
+    def backward(self, e: Array) -> tuple[Array, Array]:
+        """From e = dL/dy (N, o), keep δ = dL/dz; own part of the gradient, and dL/dx (N, i)."""
+        self.e, self.delta = e, e * self.slope
+        parts = [(self.delta.T @ self.x).ravel(), *([] if self.bias is None else [self.delta.sum(0)])]
+        return np.concatenate(parts), self.delta @ self.weight
+
+    def push(self, dx: Array) -> Array:
+        """After ``backward``: derivatives of x (N, i, ·) to those of z and y (N, o, p)."""
+        (samples, fan_in), fan_out = self.x.shape, len(self.weight)
         direct = np.full((samples, fan_out, self.size), mp.zero)
         for o in range(fan_out):
-            direct[:, o, o * fan_in : (o + 1) * fan_in] = x
+            direct[:, o, o * fan_in : (o + 1) * fan_in] = self.x
             if self.bias is not None:
                 direct[:, o, o - fan_out] = mp.one
-        self.dz = np.concatenate([self.weight @ dx, direct], 2)
-        self.y, self.slope, self.bend = np.frompyfunc(self.jet, 1, 3)(self.z)
-        self.dy = self.slope[..., None] * self.dz
+        self.dx, self.dz = dx, np.concatenate([self.weight @ dx, direct], 2)
+        return self.slope[..., None] * self.dz
 
-    def backward(self, e: Array, de: Array) -> tuple[Array, Array]:
-        """From dL/dy (N, o) and its derivative (N, o, P), keep dL/dz; own parts of the gradient and Hessian (·, P)."""
-        self.e, self.delta, p = e, e * self.slope, self.dz.shape[2]
-        self.ddelta = de * self.slope[..., None]
-        self.ddelta[..., :p] += (e * self.bend)[..., None] * self.dz
-        gradient, hessian = self.delta.T @ self.x, np.tensordot(self.x, self.ddelta, (0, 0)).swapaxes(0, 1)
-        hessian[..., : self.dx.shape[2]] += np.tensordot(self.delta, self.dx, (0, 0))
-        if self.bias is None:
-            return gradient.ravel(), hessian.reshape(gradient.size, -1)
-        parts = hessian.reshape(gradient.size, -1), self.ddelta.sum(0)
-        return np.concatenate([gradient.ravel(), self.delta.sum(0)]), np.concatenate(parts)
-
-    def pull(self) -> tuple[Array, Array]:
-        """dL/dx (N, i) and its derivative (N, i, P)."""
-        fan_out, fan_in = self.weight.shape
-        down, start = self.weight.T @ self.ddelta, self.dx.shape[2]
+    def pull(self, de: Array) -> tuple[Array, Array]:
+        """From the derivative of e (N, o, P), own part of the Hessian (·, P), and the derivative of dL/dx (N, i, P)."""
+        (fan_out, fan_in), start = self.weight.shape, self.dx.shape[2]
+        ddelta = de * self.slope[..., None]
+        ddelta[..., : self.dz.shape[2]] += (self.e * self.bend)[..., None] * self.dz
+        hessian, down = np.tensordot(self.x, ddelta, (0, 0)).swapaxes(0, 1), self.weight.T @ ddelta
+        hessian[..., :start] += np.tensordot(self.delta, self.dx, (0, 0))
         for o in range(fan_out):
-            own = start + o * fan_in + np.arange(fan_in)
-            down[:, np.arange(fan_in), own] += self.delta[:, [o]]
-        return self.delta @ self.weight, down
+            down[:, np.arange(fan_in), start + o * fan_in + np.arange(fan_in)] += self.delta[:, [o]]
+        parts = [hessian.reshape(self.weight.size, -1), *([] if self.bias is None else [ddelta.sum(0)])]
+        return np.concatenate(parts), down
 
 
 @dataclass
 class Network:
-    """Linear layers at 60 digits on the data of a landscape."""
+    """Linear layers at 150 digits on the data of a landscape."""
 
     layers: list[Layer]
     X: Array  # (N, inputs)
@@ -146,30 +143,38 @@ class Network:
         ]
         return replace(self, layers=[*self.layers[:index], *pair, *self.layers[index + 2 :]])
 
-    def derivatives(self) -> tuple[Array, Array]:
-        """Gradient (P,) and Hessian (P, P)."""
-        y, dy = self.X, np.empty((*self.X.shape, 0), dtype=object)
+    def gradient(self) -> Array:
+        """Gradient (P,)."""
+        y, parts = self.X, []
         for layer in self.layers:
-            layer.forward(y, dy)
-            y, dy = layer.y, layer.dy
-        e, de = self._loss(y, dy)
-        parts = []
+            y = layer.forward(y)
+        odds = np.frompyfunc(mp.exp, 1, 1)(y) if self.classes else None
+        self.predicted = odds / odds.sum(1, keepdims=True) if self.classes else y
+        self.weight = self.Y.sum(1, keepdims=True) if self.classes else mp.one
+        e = (self.weight * self.predicted - self.Y) / mp.mpf(len(y))
         for layer in reversed(self.layers):
-            parts.append(layer.backward(e, de))
-            e, de = layer.pull()
-        gradients, hessians = zip(*reversed(parts), strict=True)
-        return np.concatenate(gradients), np.concatenate(hessians)
+            part, e = layer.backward(e)
+            parts.append(part)
+        return np.concatenate(parts[::-1])
 
-    def _loss(self, y: Array, dy: Array) -> tuple[Array, Array]:
-        if not self.classes:
-            return (y - self.Y) / len(y), dy / len(y)
-        weight, odds = self.Y.sum(1, keepdims=True) / len(y), np.frompyfunc(mp.exp, 1, 1)(y)
-        p = odds / odds.sum(1, keepdims=True)
-        spread = p[..., None] * (dy - (p[:, None] @ dy))
-        return weight * p - self.Y / len(y), weight[..., None] * spread
+    def hessian(self) -> Array:
+        """Hessian (P, P), after ``gradient``."""
+        dy, parts = np.empty((*self.X.shape, 0), dtype=object), []
+        for layer in self.layers:
+            dy = layer.push(dy)
+        if self.classes:
+            dy = (self.weight * self.predicted)[..., None] * (dy - (self.predicted[:, None] @ dy))
+        de = dy / mp.mpf(len(dy))
+        for layer in reversed(self.layers):
+            part, de = layer.pull(de)
+            parts.append(part)
+        return np.concatenate(parts[::-1])
+
+    def derivatives(self) -> tuple[Array, Array]:
+        return self.gradient(), self.hessian()
 
     def measured(self, index: int, r: int) -> tuple[Array, Array]:
-        """Inner Hessian S (d, d) and coupling G (c, d) of a neuron by their definition, after ``derivatives``."""
+        """Inner Hessian S (d, d) and coupling G (c, d) of a neuron by their definition, after ``gradient``."""
         layer, then = self.layers[index : index + 2]
         S = (layer.inputs.T * (layer.e[:, r] * layer.bend[:, r])) @ layer.inputs
         return S, (then.delta.T * layer.slope[:, r]) @ layer.inputs
@@ -178,34 +183,3 @@ class Network:
         """All parameters rounded to float64, in torch's order."""
         parts = [part.ravel() for layer in self.layers for part in (layer.weight, layer.bias) if part is not None]
         return torch.as_tensor(np.concatenate(parts).astype(float))
-
-
-def eigenvalues(matrix: Array) -> Array:
-    return np.array(list(mp.eigsy(mp.matrix(matrix.tolist()), eigvals_only=True)), dtype=object)
-
-
-def eigenvectors(matrix: Array) -> tuple[Array, Array]:
-    values, vectors = mp.eigsy(mp.matrix(matrix.tolist()))
-    return np.array(list(values), dtype=object), np.array(vectors.tolist(), dtype=object)
-
-
-def singular(matrix: Array) -> tuple[Array, Array]:
-    """Singular values (min(c, d),), descending, and right singular vectors, the rows of a (d, d) matrix."""
-    _, values, rows = mp.svd_r(mp.matrix(matrix.tolist()), full_matrices=True)
-    return np.array(list(values), dtype=object), np.array(rows.tolist(), dtype=object)
-
-
-def polished(net: Network) -> Network | None:
-    """The stationary point next to the network, or None if Newton finds none."""
-    for _ in range(12):
-        gradient, hessian = net.derivatives()
-        values, vectors = eigenvectors(hessian)
-        scale = abs(values).max()
-        if mp.norm(list(gradient)) <= STATIONARY * scale:
-            return net
-        steep = abs(values) > FLAT * scale
-        step = vectors[:, steep] @ ((vectors.T @ gradient)[steep] / values[steep])
-        if mp.norm(list(step)) > 0.1:
-            return None
-        net = net.moved(-step)
-    return None

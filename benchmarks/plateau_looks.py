@@ -1,9 +1,10 @@
-"""What the plateau oracle sees of a stationary point: a first look in float64, and a second one at 60 digits.
+"""What the plateau oracle sees of a stationary point: a first look in float64, and a second one at 150 digits.
 
 Eigenvalues are compared with the norm of the narrow network's Hessian (the wide one's with its own). In the first look
-those up to ZERO count as zero, those from CLEAR on as nonzero; a case with one in between gets a second look: the point
-is polished by Newton's method at 60 digits, the Hessians of the narrow and the wide network are taken there, and the
-inner Hessian and coupling that splitwatch measures, in float64 as ever, are held against their values at 60 digits.
+those up to ZERO count as zero, those from CLEAR on as nonzero; a case with one in between gets a second look at 150
+digits: a trained point is polished by Newton's method, a designed one gets targets that meet its design to all digits.
+The Hessians of the narrow and the wide network are taken there, and the inner Hessian and coupling that splitwatch
+measures, in float64 as ever, are held against their values at 150 digits.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
-import plateau_digits as exact
+import plateau_exact as exact
 import torch
+from plateau_digits import Network
 from plateau_points import STATIONARY, Landscape
 from torch import Tensor, nn
 
@@ -79,6 +81,10 @@ class FirstLook:
         found, grey = inertia(self.values, self.scale, ZERO, CLEAR["narrow Hessian"])
         return found, "narrow Hessian" if grey else ""
 
+    def visible(self, neuron: Neuron) -> bool:
+        """Whether all of S but its zeros outweighs terms of third order in losses at a distance of some 1e-3."""
+        return not inertia(neuron.eigenvalues, self.scale, ZERO, 1e-4)[1]
+
     def neurons(self) -> Iterator[Neuron]:
         """All neurons of the layers that can be widened, always in the same order."""
         land, probe = self.land, Probe([(self.land.X, self.land.Y)], self.land.loss_fn)
@@ -105,20 +111,21 @@ class FirstLook:
 
 @dataclass
 class SecondLook(FirstLook):
-    """A stationary point at 60 digits; ``land`` is the same point rounded, where splitwatch measures."""
+    """A stationary point at 150 digits; ``land`` is the same point rounded, where splitwatch measures."""
 
-    net: exact.Network
+    net: Network
     clear = CLOSER
 
     @classmethod
     def at(cls, land: Landscape) -> SecondLook | None:
-        """At the stationary point next to the landscape's, or None if Newton finds none."""
-        net = exact.polished(exact.Network.of(land))
+        """At the stationary point next to the landscape's, or None if none is found."""
+        net = Network.of(land)
+        net = exact.met(net, land.design) if land.design else exact.polished(net)
         if net is None:
             return None
         model = copy.deepcopy(land.model)
         nn.utils.vector_to_parameters(net.point(), model.parameters())
-        return cls(replace(land, model=model), net)
+        return cls(replace(land, model=model, Y=torch.as_tensor(net.Y.astype(float))), net)
 
     @cached_property
     def values(self) -> np.ndarray:
@@ -130,7 +137,7 @@ class SecondLook(FirstLook):
         return found, "narrow Hessian" if grey else ""
 
     def check(self, neuron: Neuron) -> tuple[str, str]:
-        """What 60 digits object to in splitwatch's numbers of a neuron: (what stays grey, what is wrong)."""
+        """What 150 digits object to in splitwatch's numbers of a neuron: (what stays grey, what is wrong)."""
         S, G = self.net.measured(neuron.position, neuron.r)
         singular, rows = exact.singular(G)
         (rank, _, _), _ = inertia(singular, self.scale, exact.ZERO, exact.CLEAR)
@@ -156,3 +163,14 @@ class SecondLook(FirstLook):
         scale = abs(values).max()
         found, grey = inertia(values, scale, exact.ZERO, exact.CLEAR)
         return found, "wide Hessian" if grey else "", max(abs(gradient)) <= exact.ZERO * scale
+
+
+def descends(land: Landscape, radii: tuple[float, ...], rng: np.random.Generator) -> bool:
+    """Whether bounded searches from random starts reach a lower loss in every one of the boxes."""
+    base = float(land.value(land.point))
+
+    def lower(radius: float) -> bool:
+        start = land.point + radius * torch.as_tensor(rng.uniform(-1, 1, len(land.point)))
+        return land.lowest(start, 100, radius)[1] < base - 1e-12
+
+    return all(any(lower(radius) for _ in range(3)) for radius in radii)
