@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import isfinite
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from splitwatch.anatomy import Anatomy, plain_module
 from splitwatch.batches import Batch, batch_size, cut, halve, shares
 from splitwatch.linear_map import LinearMap
 from splitwatch.precision import Uncast, upcast
+from splitwatch.ranks import share_of, summed_number
 from splitwatch.records import HiddenLayer, SplitWatchError
 from splitwatch.tape import Path, Tape
 from splitwatch.undisturbed import undisturbed
@@ -81,15 +83,17 @@ class Probe:
         return sum(map(batch_size, self.half(half)))
 
     def loss(self, model: nn.Module, half: str = "all", *, finite: bool = True) -> float:
-        """Mean loss per sample over a half, in eval mode.
+        """Mean loss per sample over a half, in eval mode; over the halves of all ranks where several train together.
 
         Raises:
             SplitWatchError: the loss is not a scalar, or not ``finite`` where it has to be.
         """
         batches = self.half(half)
         with undisturbed(model), torch.no_grad():
-            losses = [float(self._checked(self._run(model, batch), finite).double()) for batch in batches]
-        return sum(value * share for value, share in zip(losses, shares(batches), strict=True))
+            losses = [float(self._scalar(self._run(model, batch)).double()) for batch in batches]
+        mean = sum(value * share for value, share in zip(losses, shares(batches), strict=True))
+        mean = summed_number(mean * share_of(self.samples(half)))
+        return self._finite(mean) if finite else mean  # asked of the sum, which ends every rank alike
 
     def gradients(self, model: nn.Module, at_least: int = 8) -> Iterator[tuple[Tensor, int]]:
         """The gradient on every batch, flat over the trainable parameters, with the batch's size.
@@ -180,14 +184,24 @@ class Probe:
         with Uncast():
             return self.loss_fn(model, upcast(batch))
 
+    @classmethod
+    def _checked(cls, loss: Any) -> Tensor:
+        loss = cls._scalar(loss)
+        cls._finite(float(loss.detach()))
+        return loss
+
     @staticmethod
-    def _checked(loss: Any, finite: bool = True) -> Tensor:
+    def _scalar(loss: Any) -> Tensor:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(type(loss).__name__)
             raise SplitWatchError(f"loss_fn: required a scalar tensor (the mean loss), found {found}; reduce it")
-        if finite and not bool(torch.isfinite(loss)):
+        return loss
+
+    @staticmethod
+    def _finite(loss: float) -> float:
+        if not isfinite(loss):
             raise SplitWatchError(
-                f"loss_fn: required a finite loss, found {float(loss.detach())}; "
+                f"loss_fn: required a finite loss, found {loss}; "
                 "look for overflow or a division by zero in the model or the data"
             )
         return loss

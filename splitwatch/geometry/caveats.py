@@ -9,6 +9,7 @@ from torch import nn
 
 from splitwatch.geometry.penalty import weight_decay_effect
 from splitwatch.probe import Probe
+from splitwatch.ranks import summed_number
 from splitwatch.records import HiddenLayer, LayerGeometry, Split
 
 _DROPOUT = nn.modules.dropout._DropoutNd
@@ -54,7 +55,7 @@ def _finite_probe(probe: Probe, geometry: Mapping[str, LayerGeometry]) -> str:
     undecided = sum(item.shares["undecided"] * len(item.min_eigenvalue) for item in geometry.values())
     if undecided < 0.5 * neurons or not neurons:
         return ""
-    samples = probe.samples()
+    samples = int(summed_number(probe.samples()))
     return (
         f"finite probe: {samples} samples leave the curvature's sign open in {undecided / neurons:.0%} of the neurons"
     )

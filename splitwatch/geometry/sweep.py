@@ -10,7 +10,7 @@ from torch import nn
 from splitwatch.geometry.curvature import InnerCurvature, LayerCurvature
 from splitwatch.geometry.response import Pattern
 from splitwatch.probe import LayerTrace, Probe
-from splitwatch.ranks import summed_number
+from splitwatch.ranks import largest_over_ranks, share_of
 from splitwatch.records import HiddenLayer
 
 MAX_BYTES = 2**31
@@ -41,7 +41,8 @@ class Sweep:
         layers: the hidden layers.
         half: "fitted", "held_out" or "all".
         max_bytes: what may be kept in memory at a time. Layers go together as far as they fit; one that does not fit
-            by itself is captured anew for every product.
+            by itself is captured anew for every product. Where several processes measure together, the one with
+            most to keep decides for all.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class Sweep:
     ) -> None:
         self.model, self.probe, self.layers, self.half, self.max_bytes = model, probe, layers, half, max_bytes
         self.samples = probe.samples(half)
-        self.weight = self.samples / summed_number(self.samples)
+        self.weight = share_of(self.samples)
         self.sizes: dict[str, int] = {}
         self.patterns: dict[str, Pattern] = {}
 
@@ -64,7 +65,7 @@ class Sweep:
             first = next(self.probe.traces(self.model, self.layers, self.half))
             for name in list(first):
                 part = self._part(name, first.pop(name))
-                self.sizes[name] = part.nbytes * self.samples // part.trace.size
+                self.sizes[name] = int(largest_over_ranks(part.nbytes * self.samples // part.trace.size))
         for group in self._groups():
             yield from self._kept(group) if self._fits(group) else self._recaptured(group)
 
