@@ -26,7 +26,7 @@ from splitwatch.growth.plan import plan_growth
 from splitwatch.growth.policy import GrowthPolicy
 from splitwatch.layers import find_hidden_layers, select_layers
 from splitwatch.probe import LossFunction, Probe
-from splitwatch.ranks import everywhere, is_first, rank_count
+from splitwatch.ranks import everywhere, is_first, summed_number
 from splitwatch.records import (
     GrowthEvent,
     GrowthPlan,
@@ -65,8 +65,8 @@ class Grower:
 
     ``events`` keeps what was measured; only the last event with geometry keeps its tensors, of those before it only the
     plans that were carried out do. Sinks get every event whole. Where several processes train together, each calls
-    ``step`` on its own batches; when to measure, and whether the point is stationary, they decide together. Geometry is
-    each rank's own, so such a run can only be monitored.
+    ``step`` on its own batches. They measure on the samples of all, and whatever is decided rests on numbers that are
+    the same on each rank: parameters that are the same on all ranks stay so when the network grows.
 
     Source of the procedure: docs/architecture.md.
     """
@@ -202,10 +202,10 @@ class Grower:
 
     def _measure(self) -> GrowthEvent:
         probe, parameters = self._probe(), count_parameters(self.model)
-        stages = _Stages(self.progress)
+        stages = _Stages(self.progress and is_first())
         try:
             with stages(TEST):
-                verdict = self.detector.test(self.model, probe, self.batch_size * rank_count())
+                verdict = self.detector.test(self.model, probe, int(summed_number(self.batch_size)))
             if reason := self._stopped(verdict):
                 plan = GrowthPlan((), (), reason)
                 return GrowthEvent(plan, {}, (parameters, parameters), verdict=verdict, seconds=stages.seconds)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import isfinite
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from splitwatch.anatomy import Anatomy, plain_module
 from splitwatch.batches import Batch, batch_size, cut, halve, shares
 from splitwatch.linear_map import LinearMap
 from splitwatch.precision import Uncast, upcast
+from splitwatch.ranks import share_of, summed_number
 from splitwatch.records import HiddenLayer, SplitWatchError
-from splitwatch.tape import Path, Tape
+from splitwatch.tape import Footprint, Path, Tape
 from splitwatch.undisturbed import undisturbed
 
 LossFunction = Callable[[nn.Module, Batch], Tensor]
@@ -81,15 +83,17 @@ class Probe:
         return sum(map(batch_size, self.half(half)))
 
     def loss(self, model: nn.Module, half: str = "all", *, finite: bool = True) -> float:
-        """Mean loss per sample over a half, in eval mode.
+        """Mean loss per sample over a half, in eval mode; over the halves of all ranks where several train together.
 
         Raises:
             SplitWatchError: the loss is not a scalar, or not ``finite`` where it has to be.
         """
         batches = self.half(half)
         with undisturbed(model), torch.no_grad():
-            losses = [float(self._checked(self._run(model, batch), finite).double()) for batch in batches]
-        return sum(value * share for value, share in zip(losses, shares(batches), strict=True))
+            losses = [float(self._scalar(self._run(model, batch)).double()) for batch in batches]
+        mean = sum(value * share for value, share in zip(losses, shares(batches), strict=True))
+        mean = summed_number(mean * share_of(self.samples(half)))
+        return self._finite(mean) if finite else mean  # asked of the sum, which ends every rank alike
 
     def gradients(self, model: nn.Module, at_least: int = 8) -> Iterator[tuple[Tensor, int]]:
         """The gradient on every batch, flat over the trainable parameters, with the batch's size.
@@ -161,11 +165,22 @@ class Probe:
                 traces[name].append(trace)
         return traces
 
-    def traces(self, model: nn.Module, layers: Sequence[HiddenLayer], half: str) -> Iterator[dict[str, LayerTrace]]:
-        """What every layer sees, by its name, on one batch of a half after the other; errors as for ``capture``."""
-        batches = self.half(half)
+    def traces(
+        self, model: nn.Module, layers: Sequence[HiddenLayer], half: str, pieces: int = 1
+    ) -> Iterator[dict[str, LayerTrace]]:
+        """What every layer sees, by its name, on one batch of a half after the other; errors as for ``capture``.
+
+        Each batch is cut into ``pieces``, as far as its samples allow.
+        """
+        batches = [piece for batch in self.half(half) for piece in cut(batch, pieces)]
         for batch, share in zip(batches, shares(batches), strict=True):
             yield self._traces(model, layers, batch, share)
+
+    def footprint(self, model: nn.Module, half: str) -> tuple[int, int]:
+        """Bytes of all that the loss of a half's largest batch computes, and of the largest tensor among it."""
+        with undisturbed(model), torch.no_grad(), torch.compiler.set_stance("force_eager"), Footprint() as seen:
+            self._checked(self._run(model, max(self.half(half), key=batch_size)))
+        return seen.total, seen.largest
 
     def _traces(
         self, model: nn.Module, layers: Sequence[HiddenLayer], batch: Batch, share: float
@@ -180,14 +195,24 @@ class Probe:
         with Uncast():
             return self.loss_fn(model, upcast(batch))
 
+    @classmethod
+    def _checked(cls, loss: Any) -> Tensor:
+        loss = cls._scalar(loss)
+        cls._finite(float(loss.detach()))
+        return loss
+
     @staticmethod
-    def _checked(loss: Any, finite: bool = True) -> Tensor:
+    def _scalar(loss: Any) -> Tensor:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(type(loss).__name__)
             raise SplitWatchError(f"loss_fn: required a scalar tensor (the mean loss), found {found}; reduce it")
-        if finite and not bool(torch.isfinite(loss)):
+        return loss
+
+    @staticmethod
+    def _finite(loss: float) -> float:
+        if not isfinite(loss):
             raise SplitWatchError(
-                f"loss_fn: required a finite loss, found {float(loss.detach())}; "
+                f"loss_fn: required a finite loss, found {loss}; "
                 "look for overflow or a division by zero in the model or the data"
             )
         return loss

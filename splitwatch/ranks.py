@@ -30,6 +30,16 @@ def everywhere(flag: bool) -> bool:
     return flag if rank_count() == 1 else bool(_reduced(float(flag), distributed.ReduceOp.MIN))
 
 
+def largest_over_ranks(value: float) -> float:
+    """The largest of a number over the ranks."""
+    return value if rank_count() == 1 else _reduced(value, distributed.ReduceOp.MAX)
+
+
+def share_of(samples: int) -> float:
+    """This process's share of the samples of all ranks."""
+    return samples / summed_number(samples)
+
+
 def _reduced(value: float, operation: distributed.ReduceOp.RedOpType) -> float:
     device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
     tensor = torch.tensor(value, dtype=torch.float64, device=device)
@@ -38,8 +48,9 @@ def _reduced(value: float, operation: distributed.ReduceOp.RedOpType) -> float:
 
 
 def summed(value: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor over the ranks, in place; the same on each, to the bit."""
+    """The sum of a tensor over the ranks, the same on each, to the bit; its memory may be that of the tensor."""
     if rank_count() > 1:
+        value = value.contiguous()
         distributed.all_reduce(value)
     return value
 

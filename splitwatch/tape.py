@@ -132,6 +132,22 @@ class Tape(TorchFunctionMode):
         return found[::-1]
 
 
+class Footprint(TorchFunctionMode):
+    """Counts the bytes that torch calls allocate, views left out; ``total`` and the ``largest`` of a single tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = self.largest = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in _tensors(pytree.tree_leaves(result)).values():
+            if tensor._base is None:
+                self.total += tensor.nbytes
+                self.largest = max(self.largest, tensor.nbytes)
+        return result
+
+
 class Path:
     """A slice of a tape as a function of its start values; every other value it reads is a constant."""
 

@@ -1,11 +1,27 @@
 """Two real processes, each with half of the batches, against one process with all of them."""
 
+import dataclasses
+
 import pytest
 import torch
 from test_metrics import EXACT, every_metric
 from torch import distributed, multiprocessing, nn
 
-from splitwatch import Grower, GrowthPolicy, Probe, StationarityDetector, budget
+from splitwatch import (
+    Grower,
+    GrowthPolicy,
+    Probe,
+    StationarityDetector,
+    budget,
+    find_hidden_layers,
+    measure_geometry,
+    plan_growth,
+)
+from splitwatch.geometry.caveats import caveats
+from splitwatch.geometry.dense import coupling, inner_hessian
+from splitwatch.geometry.diagnose import diagnose_splits
+from splitwatch.geometry.narrow import narrow_verdict
+from splitwatch.geometry.sweep import Sweep
 
 
 def regression(half=slice(None)):
@@ -44,6 +60,109 @@ def schedule(rank):
     return grower.steps, len(grower.events)
 
 
+def drawn(model):
+    """With large random weights, so that there are neurons which are worth to be split."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 2 / parameter[0].numel() ** 0.5)
+    return model.double()
+
+
+def mlp():
+    torch.manual_seed(1)
+    return drawn(nn.Sequential(nn.Linear(25, 3), nn.Tanh(), nn.Linear(3, 4), nn.SiLU(), nn.Linear(4, 3)))
+
+
+def conv():
+    """With running statistics of some batches; those of BatchNorm in training would differ from rank to rank."""
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        nn.Unflatten(1, (1, 5, 5)), nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3), nn.SiLU(), nn.MaxPool2d(2),
+        nn.Conv2d(3, 4, (2, 1)), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3),
+    )  # fmt: skip
+    drawn(model)(torch.randn(32, 25, dtype=torch.float64))
+    return model
+
+
+NETWORKS = {"mlp": mlp, "conv": conv}
+RAGGED = (50, 30, 20), (40, 60)
+LITTLE = 15_000  # bytes
+
+
+def cross_entropy(model, batch):
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def ragged_probe(rank):
+    """Ragged batches of one of two ranks, or those of both as one process has them, each in the half it was in."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(sum(map(sum, RAGGED)), 25, dtype=torch.float64, generator=generator)
+    labels = x[:, :3].square().argmax(1)
+    batches = list(zip(x.split(sum(RAGGED, ())), labels.split(sum(RAGGED, ())), strict=True))
+    first, second = batches[:3], batches[3:]
+    both = [first[0], first[1], first[2], second[1], second[0]]
+    return Probe({0: first, 1: second, None: both}[rank], cross_entropy)
+
+
+def captured_anew(name, rank=None):
+    """Geometry with so little memory that a layer is captured anew for every product, and what they need."""
+    model, probe = NETWORKS[name](), ragged_probe(rank)
+    layers = [layer for layer in find_hidden_layers(model, probe) if layer.growable]
+    geometry = measure_geometry(model, probe, layers, max_bytes=LITTLE)
+    sweep = Sweep(model, probe, layers, "fitted", LITTLE)
+    found = {key: dataclasses.asdict(value) for key, value in geometry.items()}
+    return {"geometry": found, "sizes": sweep.sizes if list(sweep.curvatures()) else {}}
+
+
+def measured(name, rank=None):
+    """Everything that is measured at a stationary point, and what is planned there, as tensors and strings."""
+    model, probe = NETWORKS[name](), ragged_probe(rank)
+    layers = [layer for layer in find_hidden_layers(model, probe) if layer.growable]
+    geometry = measure_geometry(model, probe, layers)
+    plan = plan_growth(model, geometry, probe, layers=layers)
+    narrow = narrow_verdict(model, probe, tested=True)
+    dense = {layer.name: (inner_hessian(model, layer, probe), coupling(model, layer, probe)) for layer in layers[1:]}
+    verdicts = [diagnose_splits(model, probe, layer, 1, [(0.5, 0.5), (2.0, -1.0)]) for layer in layers[1:]]
+    return {
+        "geometry": {key: dataclasses.asdict(value) for key, value in geometry.items()},
+        "dense": dense,
+        "losses": [probe.loss(model, half) for half in ("fitted", "held_out", "all")],
+        "moves": [(move.layer, move.neuron, move.coefficients) for move in plan.moves],
+        "offsets": [(move.in_offset, move.out_offset) for move in plan.moves],
+        "plan": (plan.offset, plan.line_search, plan.fitted_decrease, plan.held_out_decrease, plan.reason),
+        "narrow": (narrow.kind, narrow.reason, narrow.exhausted),
+        "numbers": (narrow.min_eigenvalue, narrow.max_eigenvalue, narrow.gradient_norm),
+        "noise": narrow.noise,
+        "verdicts": [(verdict.kind, verdict.reason) for found in verdicts for verdict in found],
+        "caveats": caveats(model, probe, layers, geometry),
+    }
+
+
+def trained(name, rank):
+    """Parameters and plans of a network that grows while each of two ranks trains on batches of its own."""
+    model = NETWORKS[name]()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    policy = GrowthPolicy(window=10, noise_ratio=1e9, tolerance=1e9, max_events=2, max_overhead=None, probe_samples=200)
+    grower = Grower(model, optimizer, cross_entropy, policy, progress=False)
+    generator = torch.Generator().manual_seed(rank)
+    for _ in range(14):
+        x = torch.randn(24 + 16 * rank, 25, dtype=torch.float64, generator=generator)
+        batch = x, x[:, :3].square().argmax(1)
+        optimizer.zero_grad()
+        loss = cross_entropy(model, batch)
+        loss.backward()
+        for parameter in model.parameters():
+            distributed.all_reduce(parameter.grad)
+            parameter.grad /= 2
+        optimizer.step()
+        grower.step(batch, loss)
+    state = [value for group in optimizer.state.values() for value in group.values()]
+    events = [(e.step, e.grown, e.drift, e.realised_fitted, e.realised_held_out, e.point) for e in grower.events]
+    plans = [(e.plan.reason, e.plan.line_search, [str(move) for move in e.plan.moves]) for e in grower.events]
+    return {"parameters": list(model.parameters()), "state": state, "events": events, "plans": plans}
+
+
 def rank_main(rank, folder):
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
@@ -52,7 +171,12 @@ def rank_main(rank, folder):
     found = {name: metric.compute() for name, metric in metrics.items()}
     kept = len(metrics["noise"].sums)  # the rank's own again
     verdicts = verdict(half), verdict(half, losses=[1.0 + 2 * rank] * 10)
-    torch.save({"found": found, "kept": kept, "verdicts": verdicts, "schedule": schedule(rank)}, f"{folder}/{rank}")
+    results = {"found": found, "kept": kept, "verdicts": verdicts}
+    for name in NETWORKS:
+        results[name] = measured(name, rank)
+        results[f"{name} captured anew"] = captured_anew(name, rank)
+        results[f"{name} grown"] = trained(name, rank)
+    torch.save({**results, "schedule": schedule(rank)}, f"{folder}/{rank}")
     distributed.destroy_process_group()
 
 
@@ -85,3 +209,63 @@ def test_the_clock_of_rank_0_decides_for_all(ranks):
     steps, events = ranks[0]["schedule"]
     assert events >= 1
     assert steps >= 500
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_rank_measures_what_one_process_does_on_the_union_of_the_halves(ranks, name):
+    assert_same(ranks[0][name], ranks[1][name])
+    wanted, found = measured(name), ranks[0][name]
+    assert all(wanted["geometry"])
+    assert wanted["moves"]
+    assert found["noise"] == pytest.approx(wanted.pop("noise"), rel=0.1)  # from the scatter of other parts
+    for part, value in wanted.items():
+        assert_near(found[part], value, part)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_is_kept_in_memory_is_decided_alike(ranks, name):
+    found, wanted = ranks[0][f"{name} captured anew"], captured_anew(name)
+    assert_same(found, ranks[1][f"{name} captured anew"])
+    assert_near(found["geometry"], wanted["geometry"], "geometry")
+    assert max(found["sizes"].values()) > LITTLE > min(found["sizes"].values()) * 40 / 70
+    shares = {key: value * 70 / 110 for key, value in wanted["sizes"].items()}  # rank 0 has most to fit on
+    assert found["sizes"] == pytest.approx(shares, rel=0.05)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_replicas_grow_alike_and_stay_the_same_to_the_bit(ranks, name):
+    first, second = (rank[f"{name} grown"] for rank in ranks)
+    assert_same(first, second)
+    assert [event[:2] for event in first["events"]] == [(10, True)]
+
+
+def assert_same(first, second):
+    """Equal to the bit, through any structure."""
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second)
+    elif isinstance(first, (list, tuple, dict)):
+        assert len(first) == len(second)
+        values = (first.values(), second.values()) if isinstance(first, dict) else (first, second)
+        for a, b in zip(*values, strict=True):
+            assert_same(a, b)
+    else:
+        assert first == second or (first != first and second != second)
+
+
+def assert_near(found, wanted, what):
+    """Equal to 1e-10 of the largest entry, vectors up to sign, through any structure."""
+    if isinstance(wanted, dict):
+        assert found.keys() == wanted.keys()
+        for key in wanted:
+            assert_near(found[key], wanted[key], f"{what} {key}")
+    elif isinstance(wanted, (list, tuple)):
+        assert len(found) == len(wanted)
+        for a, b in zip(found, wanted, strict=True):
+            assert_near(a, b, what)
+    elif isinstance(wanted, (float, torch.Tensor)):
+        a, b = torch.as_tensor(found), torch.as_tensor(wanted)
+        error, scale = float((a - b).abs().max()), float(b.abs().max())
+        if not error <= 1e-10 * max(scale, 1.0):
+            raise AssertionError((what, error, scale))
+    else:
+        assert found == wanted, what

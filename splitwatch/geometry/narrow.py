@@ -23,6 +23,7 @@ from splitwatch.geometry.eigen import dense_operator, extreme_eigenpairs
 from splitwatch.geometry.plateau import RELATIVE_ZERO, Narrow
 from splitwatch.precision import in_full_precision
 from splitwatch.probe import Probe
+from splitwatch.ranks import share_of, summed, summed_number
 from splitwatch.records import SplitWatchError
 
 DENSE_LIMIT = 256  # trainable parameters up to which the whole Hessian is formed: nothing is left unproved
@@ -107,7 +108,10 @@ class _Ends(NamedTuple):
 
 
 class LossCurvature:
-    """Gradient and Hessian of the probe's mean loss in the trainable parameters, flat, each batch by its samples."""
+    """Gradient and Hessian of the probe's mean loss in the trainable parameters, flat, each batch by its samples.
+
+    Where several processes train together, of the mean loss over the probes of all.
+    """
 
     def __init__(self, model: nn.Module, probe: Probe) -> None:
         self.model, self.probe = model, probe
@@ -118,6 +122,7 @@ class LossCurvature:
         self.n, self.dtype, self.device, self.size = len(flat), flat.dtype, flat.device, float(flat.double().norm())
         self.kept: dict[int, Tensor] = {}  # slopes with their graphs, by the batch's identity
         self.room, self.once = _KEPT_BYTES, False
+        self.weights = {half: share_of(probe.samples(half)) for half in ("fitted", "held_out", "all")}
 
     def gradient(self, half: str) -> Tensor:
         """The gradient on a half, (n,), in float64."""
@@ -155,7 +160,7 @@ class LossCurvature:
         total = torch.zeros(self.n, dtype=torch.float64, device=self.device)
         for batch, share in zip(batches, shares(batches), strict=True):
             total += share * of(self._slope(batch)).detach().double()
-        return total
+        return summed(total.mul_(self.weights[half]))
 
     def _slope(self, batch: Batch) -> Tensor:
         """One batch's gradient with the graph that leads to it, kept while there is room."""
@@ -231,5 +236,6 @@ def _noise(model: nn.Module, probe: Probe) -> float:
     """Standard error of the probe's mean gradient: √(tr Cov / samples), from the scatter of its parts."""
     gradients, sizes = zip(*probe.gradients(model), strict=True)
     stacked, n = torch.stack(gradients).double(), torch.tensor(sizes, device=gradients[0].device).double()
-    scatter = (stacked - (n / n.sum()) @ stacked).square().sum(dim=1)
-    return float(n @ scatter / (len(n) - 1) / n.sum()) ** 0.5
+    samples, parts = summed_number(sum(sizes)), summed_number(len(sizes))
+    scatter = (stacked - summed(n @ stacked) / samples).square().sum(dim=1)
+    return (summed_number(float(n @ scatter)) / (parts - 1) / samples) ** 0.5

@@ -11,26 +11,24 @@ from torch import nn
 from splitwatch.geometry.curvature import InnerCurvature, LayerCurvature
 from splitwatch.geometry.response import Pattern
 from splitwatch.probe import LayerTrace, Probe
-from splitwatch.ranks import summed_number
+from splitwatch.ranks import largest_over_ranks, share_of
 from splitwatch.records import HiddenLayer
 
 MAX_BYTES = 2**31
 """Default bound on what a measurement keeps in memory beside the model's own forward and backward pass."""
+
+_TEMPORARIES = 8  # tensors as large as a layer's pre-activations that are in use while its path is differentiated
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Recaptured:
     """A layer's curvature on each batch of a half, captured whenever it is gone through: a training pass a product."""
 
-    model: nn.Module
-    probe: Probe
-    half: str
+    sweep: Sweep
     layer: HiddenLayer
-    pattern: Pattern
 
     def __iter__(self) -> Iterator[InnerCurvature]:
-        for traces in self.probe.traces(self.model, [self.layer], self.half):
-            yield InnerCurvature(traces[self.layer.name], self.pattern)
+        return (parts[self.layer.name] for parts in self.sweep.batches([self.layer]))
 
 
 class Sweep:
@@ -42,7 +40,9 @@ class Sweep:
         layers: the hidden layers.
         half: "fitted", "held_out" or "all".
         max_bytes: what may be kept in memory at a time. Layers go together as far as they fit; one that does not fit
-            by itself is captured anew for every product.
+            by itself is captured anew for every product. A batch whose capture would take more than that is captured
+            piece by piece. Where several processes measure together, the one with
+            most to keep decides for all.
     """
 
     def __init__(
@@ -50,20 +50,27 @@ class Sweep:
     ) -> None:
         self.model, self.probe, self.layers, self.half, self.max_bytes = model, probe, layers, half, max_bytes
         self.samples = probe.samples(half)
-        self.weight = self.samples / summed_number(self.samples)
+        self.weight = share_of(self.samples)
         self.sizes: dict[str, int] = {}
         self.patterns: dict[str, Pattern] = {}
+        total, largest = probe.footprint(model, half)
+        self.pieces = -(-(total + _TEMPORARIES * largest) // max_bytes)
 
     def batches(self, layers: Sequence[HiddenLayer] | None = None) -> Iterator[dict[str, InnerCurvature]]:
         """The curvatures by layer, of all layers by default, on one batch after the other."""
-        for traces in self.probe.traces(self.model, self.layers if layers is None else layers, self.half):
+        layers = self.layers if layers is None else layers
+        for traces in self.probe.traces(self.model, layers, self.half, self.pieces):
             yield {name: self._part(name, traces.pop(name)) for name in list(traces)}
 
     def curvatures(self) -> Iterator[LayerCurvature]:
         """Every layer's curvature on the whole half, one after the other; let go of one before taking the next."""
+        if not self.layers:
+            return
         batches = self.batches()
         first = next(batches)
-        self.sizes = {name: part.nbytes * self.samples // part.trace.size for name, part in first.items()}
+        self.sizes = {
+            name: int(largest_over_ranks(part.nbytes * self.samples // part.trace.size)) for name, part in first.items()
+        }
         if self._fits(self.layers):
             yield from self._kept(self.layers, chain([first], batches))
             return
@@ -104,5 +111,4 @@ class Sweep:
 
     def _recaptured(self, group: Sequence[HiddenLayer]) -> Iterator[LayerCurvature]:
         for layer in group:
-            parts = Recaptured(self.model, self.probe, self.half, layer, self.patterns[layer.name])
-            yield LayerCurvature.of(layer, parts, self.weight)
+            yield LayerCurvature.of(layer, Recaptured(self, layer), self.weight)

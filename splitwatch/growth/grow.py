@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from math import isfinite
+from math import inf, isfinite
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from splitwatch.growth.checkpoint import remember
 from splitwatch.growth.optimizer import exchange
 from splitwatch.growth.surgery import Surgery, prepare
 from splitwatch.probe import Probe
+from splitwatch.ranks import largest_over_ranks
 from splitwatch.records import GrowthEvent, GrowthPlan, SplitWatchError
 
 _DRIFT_BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -111,8 +112,9 @@ def _drift(model: nn.Module, plan: GrowthPlan, probe: Probe, precision: torch.dt
             f"{sorted(grown)}: {error}; look for sizes written into the code (such as view(-1, 128))"
         ) from error
     drift = max((_relative(a, b) for a, b in zip(after, before, strict=True)), default=0.0)
+    drift = largest_over_ranks(drift if isfinite(drift) else inf)  # every rank goes on, or none
     bound = max(_DRIFT_BOUNDS[dtype] for dtype in (precision, before[0].dtype))
-    if not (isfinite(drift) and drift <= bound):
+    if not drift <= bound:
         raise SplitWatchError(
             f"plan: required outputs that change by at most {bound:g} (relative) at zero offset, found {drift:.2e} in "
             f"the consumers of {sorted(grown)}; the model was left as it was"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from splitwatch.metrics import GradientNoise, ProbeLoss
+from splitwatch.metrics import GradientNoise
 from splitwatch.probe import Probe
 from splitwatch.ranks import mean_over_ranks
 from splitwatch.records import SplitWatchError, StationarityVerdict
@@ -103,7 +103,7 @@ class StationarityDetector:
         elif floor > limit:
             kind, reason = "moving", f"the mean gradient exceeds {self.noise_ratio:g} × one batch's noise"
         trend, error = _trend(self.means) if len(self.means) == BLOCKS else (math.nan, math.nan)
-        loss = self.means[-1] if self.means else _loss(model, probe)
+        loss = self.means[-1] if self.means else probe.loss(model)
         return StationarityVerdict(kind, reason, loss, trend, error, norm, bound, noise)
 
     def state_dict(self) -> dict[str, Any]:
@@ -113,12 +113,6 @@ class StationarityDetector:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state."""
         self.losses, self.means, self.range = list(state["losses"]), list(state["means"]), tuple(state["range"])
-
-
-def _loss(model: nn.Module, probe: Probe) -> float:
-    loss = ProbeLoss().to(next(model.parameters()).device)
-    loss.update(probe.loss(model), probe.samples())
-    return float(loss.compute())
 
 
 def _numbers(losses: Sequence[Tensor | float]) -> list[float]:
