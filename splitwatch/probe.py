@@ -168,10 +168,7 @@ class Probe:
     def traces(
         self, model: nn.Module, layers: Sequence[HiddenLayer], half: str, pieces: int = 1
     ) -> Iterator[dict[str, LayerTrace]]:
-        """What every layer sees, by its name, on one batch of a half after the other; errors as for ``capture``.
-
-        Each batch is cut into ``pieces``, as far as its samples allow.
-        """
+        """What every layer sees, by its name, on one batch after another, each cut into ``pieces`` where it can be."""
         batches = [piece for batch in self.half(half) for piece in cut(batch, pieces)]
         for batch, share in zip(batches, shares(batches), strict=True):
             yield self._traces(model, layers, batch, share)

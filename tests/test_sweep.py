@@ -120,3 +120,18 @@ def test_screening_spends_products_only_on_neurons_that_can_matter():
     assert not some.screened[lowest].any()
     torch.testing.assert_close(some.escape_eigenvalue[lowest], full.escape_eigenvalue[lowest], rtol=2e-3, atol=0)
     assert "10 %" in str(some)
+
+
+def test_large_batches_are_captured_piece_by_piece_with_the_same_result():
+    model, probe = ZOO["transformer"].make(samples=6)
+    layers = growable(model, probe)
+    total, largest = probe.footprint(model, "fitted")
+    assert 0 < largest < total
+    sweep = Sweep(model, probe, layers, "fitted", max_bytes=(total + 8 * largest) // 2)
+    assert sweep.pieces >= 2
+    whole = list(Sweep(model, probe, layers, "fitted").curvatures())
+    for cut, one in zip(sweep.curvatures(), whole, strict=True):
+        assert sum(1 for _ in cut.parts) > len(one.parts)
+        u = torch.randn(one.layer.width, one.d, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        close(cut.hessian(u), one.hessian(u))
+        close(cut.coupling(u), one.coupling(u))
