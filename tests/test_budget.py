@@ -153,8 +153,8 @@ def test_a_run_that_may_grow_but_does_not_is_held_back_after_its_credit(clock):
 
 
 def test_steps_of_30_ms_pay_for_a_measurement_of_200_steps_once_in_20_000(clock):
-    grower = watched(clock, max_overhead=0.01, sinks=[lambda event: event.geometry and clock.turn(6.0)])
-    grower.budget.costs = {TEST: 0.5, GEOMETRY: 6.0}
+    grower = watched(clock, cost=0.0, max_overhead=0.01, sinks=[lambda event: event.geometry and clock.turn(6.0)])
+    grower.budget.costs = {TEST: 0.0, GEOMETRY: 6.0}
     train(grower, clock, 45_000, seconds=0.03)
     measured = [event.step for event in grower.events if event.geometry]
     assert len(measured) == 2
