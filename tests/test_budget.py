@@ -156,7 +156,7 @@ def test_steps_of_30_ms_pay_for_a_measurement_of_200_steps_once_in_20_000(clock)
     grower = watched(clock, cost=0.0, max_overhead=0.01, sinks=[lambda event: event.geometry and clock.turn(6.0)])
     grower.budget.costs = {TEST: 0.0, GEOMETRY: 6.0}
     train(grower, clock, 45_000, seconds=0.03)
-    measured = [event.step for event in grower.events if event.geometry]
+    measured = [event.step for event in grower.events if GEOMETRY in event.seconds]
     assert len(measured) == 2
     assert 15_000 <= measured[1] - measured[0] <= 25_000
 
