@@ -37,7 +37,7 @@ from splitwatch.records import (
     SplitWatchError,
     StationarityVerdict,
 )
-from splitwatch.watch.stationarity import StationarityDetector
+from splitwatch.watch.stationarity import BLOCKS, StationarityDetector
 
 Sink = Callable[[GrowthEvent], object]
 
@@ -109,19 +109,26 @@ class Grower:
 
     def observe(self, batch: Batch, loss: Tensor | float) -> bool:
         """Take note of one training step; returns whether a measurement is due."""
-        self.budget.enter()
         self.steps += 1
-        collecting = self.fixed_probe is None and not self.collector.ready
-        if collecting:
+        complete = self.detector.note(loss)
+        if complete or self.steps == 1 or (self.fixed_probe is None and not self.collector.ready):
+            self._look(batch, complete)
+        return self.pending  # on most steps that is all: between two looks one clock runs, that of training
+
+    def _look(self, batch: Batch, complete: bool) -> None:
+        """Collect the batch if that is still wanted, and judge the losses if a block is complete."""
+        self.budget.enter()
+        if self.fixed_probe is None:
             self.collector.add(batch)
-        verdict = self.detector.update(loss)
-        if collecting or verdict or self.steps == 1:
-            self.batch_size = max(self.batch_size, batch_size(batch))
+        self.batch_size = max(self.batch_size, batch_size(batch))
+        verdict = self.detector.judge() if complete else None
         if verdict:
             self.verdict = verdict
-            self.pending = verdict.kind == "suspected" and not self._finished and self._due()
+            suspected = verdict.kind == "suspected" and not self._finished
+            self.pending = suspected and self._due()
+            if suspected and self.budget.share is not None:  # while it has to wait anyway, it looks once a window
+                self.detector.patience = 1 if self.pending else BLOCKS
         self.budget.leave()
-        return self.pending
 
     def act(self) -> GrowthEvent | None:
         """Do the measurement that is due, if any, and grow where it says so."""

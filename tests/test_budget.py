@@ -152,6 +152,24 @@ def test_a_run_that_may_grow_but_does_not_is_held_back_after_its_credit(clock):
     assert grower.budget.spent <= 0.01 * grower.budget.training + CREDIT + largest
 
 
+def test_steps_of_30_ms_pay_for_a_measurement_of_200_steps_once_in_20_000(clock):
+    grower = watched(clock, cost=0.0, max_overhead=0.01, sinks=[lambda event: event.geometry and clock.turn(6.0)])
+    grower.budget.costs = {TEST: 0.0, GEOMETRY: 6.0}
+    train(grower, clock, 45_000, seconds=0.03)
+    measured = [event.step for event in grower.events if GEOMETRY in event.seconds]
+    assert len(measured) == 2
+    assert 15_000 <= measured[1] - measured[0] <= 25_000
+
+
+def test_while_it_waits_it_looks_once_a_window(clock, monkeypatch):
+    grower = watched(clock, max_overhead=1e-6)
+    looks, judge = [], grower.detector.judge
+    monkeypatch.setattr(grower.detector, "judge", lambda: looks.append(grower.steps) or judge())
+    train(grower, clock, 100)
+    assert looks == [*range(2, 21, 2), 40, 60, 80, 100]
+    assert len(grower.detector.means) == 10
+
+
 def test_only_the_last_geometry_is_kept_and_sinks_hear_of_all(clock):
     heard = []
     grower = watched(clock, max_overhead=None, sinks=[heard.append])

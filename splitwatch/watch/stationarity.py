@@ -50,19 +50,32 @@ class StationarityDetector:
         self.losses: list[Tensor | float] = []
         self.means: list[float] = []  # of the last blocks
         self.range = (math.inf, -math.inf)  # of all block means
+        self.patience = 1  # blocks that are judged together
 
     def update(self, loss: Tensor | float) -> StationarityVerdict | None:
         """Take one training loss; a verdict ("moving", "suspected" or "undecided") at the end of every block."""
+        return self.judge() if self.note(loss) else None
+
+    def note(self, loss: Tensor | float) -> bool:
+        """Keep one training loss, all that most steps cost; returns whether ``patience`` blocks are to be judged."""
         if isinstance(loss, Tensor):  # a loss on a device is fetched with the others of its block, without waiting
             loss = loss.item() if loss.is_cpu else loss.detach()
-        self.losses.append(loss)
-        if len(self.losses) < self.block:
-            return None
-        mean = mean_over_ranks(_mean(_numbers(self.losses)))
-        self.losses, self.means = [], [*self.means[1 - BLOCKS :], mean]
-        if math.isfinite(mean):
-            self.range = (min(self.range[0], mean), max(self.range[1], mean))
-        return self._judge()
+        losses = self.losses
+        losses.append(loss)
+        return len(losses) >= self.block * self.patience
+
+    def judge(self) -> StationarityVerdict | None:
+        """The verdict at the end of the last complete block, once there are enough of them."""
+        losses, verdict = _numbers(self.losses), None
+        while len(losses) >= self.block:
+            mean, losses = mean_over_ranks(_mean(losses[: self.block])), losses[self.block :]
+            self.means = [*self.means[1 - BLOCKS :], mean]
+            if math.isfinite(mean):
+                self.range = (min(self.range[0], mean), max(self.range[1], mean))
+            if len(losses) < self.block:
+                verdict = self._judge()
+        self.losses = [*losses]
+        return verdict
 
     def _judge(self) -> StationarityVerdict | None:
         recent, current = self.means, self.means[-1]
