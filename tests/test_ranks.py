@@ -263,7 +263,7 @@ def assert_near(found, wanted, what):
         for a, b in zip(found, wanted, strict=True):
             assert_near(a, b, what)
     elif isinstance(wanted, (float, torch.Tensor)):
-        a, b = torch.as_tensor(found), torch.as_tensor(wanted)
+        a, b = torch.as_tensor(found).double(), torch.as_tensor(wanted).double()
         error, scale = float((a - b).abs().max()), float(b.abs().max())
         if not error <= 1e-10 * max(scale, 1.0):
             raise AssertionError((what, error, scale))
