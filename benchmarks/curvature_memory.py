@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from curvature_clock import Clock, Row, cpu_seconds
-from curvature_nets import Case, transformer
+from curvature_nets import transformer
 from curvature_solve import Layers
 
 BOUND = 1.5
