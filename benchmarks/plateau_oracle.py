@@ -6,8 +6,8 @@ wide network is built by ``critical_embedding`` and its Hessian taken by autogra
 
 Points are *trained* (L-BFGS for a random number of steps, then Levenberg-Marquardt on the gradient, which finds saddles
 as well) or *designed*: gradient, S and G are linear in the output residual, so targets are chosen that make the
-gradient vanish and prescribe S and G. Eigenvalues are compared with the norm of the Hessian (of the narrow network, for
-S and G): up to ZERO they count as zero, from CLEAR on as nonzero; a case with one in between counts as undecided.
+gradient vanish and prescribe S and G. Where float64 cannot tell an eigenvalue from zero, the case is looked at again at
+150 digits (``plateau_looks``) and counts as settled, or as undecided if that does not tell either.
 
     python benchmarks/plateau_oracle.py --cases 3000 --seed 0
 """
@@ -20,23 +20,19 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import count, cycle, product
+from functools import cache
+from itertools import cycle, product
 
 import numpy as np
 import torch
+from plateau_looks import ZERO, FirstLook, Inertia, Neuron, SecondLook, descends
 from plateau_points import ACTIVATIONS, CLASSES, FAMILIES, STATIONARY, Landscape, designed, trained
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from splitwatch import Probe, classify_split, coupling, find_hidden_layers, inner_hessian
-from splitwatch.growth.embedding import critical_embedding
-
-ZERO = 1e-13  # rounding stays below 1e-14
-# A singular value g of G shows in the wide Hessian as little as g², an eigenvalue of S times what λ makes of it.
-CLEAR = {"narrow Hessian": 1e-11, "wide Hessian": 1e-11, "inner Hessian": 1e-9, "coupling": 1e-6}
+from splitwatch import classify_split
 
 
 @dataclass
@@ -49,15 +45,8 @@ class Case:
     kind: str
     grey: str = ""
     wrong: str = ""
+    settled: bool = False  # only the second look decided it
     descended: bool | None = None  # whether a search found lower losses nearby, if one was made
-
-
-def inertia(values: Tensor, what: str, scale: float | None = None) -> tuple[tuple[int, int, int], str]:
-    """Numbers of positive, negative, zero values; ``what`` they are of if any is in the grey zone, otherwise ""."""
-    relative = values / (float(values.abs().max()) if scale is None else scale)
-    up, down = int((relative > ZERO).sum()), int((relative < -ZERO).sum())
-    grey = bool(((relative.abs() > ZERO) & (relative.abs() < CLEAR[what])).any())
-    return (up, down, len(values) - up - down), what if grey else ""
 
 
 def patterns(rng: np.random.Generator, rounds: int) -> Iterator[tuple[float, ...]]:
@@ -76,7 +65,7 @@ def patterns(rng: np.random.Generator, rounds: int) -> Iterator[tuple[float, ...
                 break
 
 
-def narrow_kind(land: Landscape, found: tuple[int, int, int]) -> str:
+def narrow_kind(land: Landscape, found: Inertia) -> str:
     last = land.model[-1]
     symmetries = last.in_features + (last.bias is not None) if land.classes else 0  # all logits up by the same
     if found[1] or found[2] > symmetries:
@@ -92,61 +81,71 @@ def name(rank: int, up: int, down: int, flat: int) -> str:
 
 def examine(land: Landscape, rng: np.random.Generator) -> Iterator[Case]:
     """All cases of one stationary point: its neurons times some coefficients."""
-    hessian = land.hessian(land.point)
-    scale = float(torch.linalg.matrix_norm(hessian, 2))
-    found, grey = inertia(torch.linalg.eigvalsh(hessian), "narrow Hessian")
-    probe, narrow = Probe([(land.X, land.Y)], land.loss_fn), narrow_kind(land, found)
-    for layer in (layer for layer in find_hidden_layers(land.model, probe) if layer.growable):
-        # Two-class softmax sees one combination of its logits.
-        binary = land.classes and land.Y.shape[1] == 2 and layer.name == str(len(land.model) - 3)
-        for r, S, G in zip(count(), inner_hessian(land.model, layer, probe), coupling(land.model, layer, probe)):
-            (rank, _, _), faint = inertia(torch.linalg.svdvals(G), "coupling", scale)
-            kernel = torch.linalg.svd(G).Vh[rank:]
-            eigenvalues = torch.linalg.eigvalsh(kernel @ S @ kernel.T)
-            signs, blurred = inertia(eigenvalues, "inner Hessian", scale)
-            chosen = land.prescribed is not None and land.prescribed[:2] == (layer.name, r)
-            off = chosen and float((S - land.prescribed[2]).abs().max()) > 1e-10 * max(scale, 1.0)
-            classify = partial(classify_split, eigenvalues, coupling_rank=rank, narrow=narrow, tolerance=ZERO * scale)
-            for coefficients in patterns(rng, 5 if chosen else 2):
-                predicted = classify(coefficients, outputs=len(G))
-                kind = (classify(coefficients) if binary and rank < 2 else predicted).kind
-                activation = type(land.model[1]).__name__
-                case = Case(land.origin, activation, narrow, name(rank, *signs), coefficients, kind)
-                case.grey, case.wrong = grey or faint or blurred, "S is not as prescribed" if off else ""
-                wide = replace(land, model=critical_embedding(land.model, layer, r, coefficients))
-                expected = tuple(a + b for a, b in zip(found, predicted.inertia, strict=True))
-                compare(case, wide, expected, rng)
-                yield case
+    first, again = FirstLook(land), cache(lambda: closer(land))
+    for number, neuron in enumerate(first.neurons()):
+        chosen = land.design is not None and land.design.place == (neuron.layer.name, neuron.r)
+        off = chosen and float(np.abs(neuron.S.numpy() - land.design.inner).max()) > 1e-10 * max(first.scale, 1.0)
+        for coefficients in patterns(rng, 4 if chosen else 1):
+            case = judge(first, neuron, coefficients)
+            case.wrong = "S is not as prescribed" if off else case.wrong
+            if case.grey and not case.wrong:
+                second, neurons = again()
+                case = settle(second, neurons[number], coefficients, case) if second else case
+            elif case.kind in ("minimum", "saddle") and rng.random() < 0.2 and first.visible(neuron):
+                search(case, first.embedded(neuron, coefficients), rng)
+            yield case
 
 
-def compare(case: Case, wide: Landscape, expected: tuple[int, ...], rng: np.random.Generator) -> None:
-    """Hold the prediction against the dense Hessian of the wide network, now and then against searches nearby."""
-    found, grey = inertia(torch.linalg.eigvalsh(wide.hessian(wide.point)), "wide Hessian")
-    case.grey = case.grey or grey
-    if case.grey or case.wrong:
-        return
-    if float(wide.gradient(wide.point).norm()) > 10 * STATIONARY:
+def closer(land: Landscape) -> tuple[SecondLook | None, list[Neuron]]:
+    look = SecondLook.at(land)
+    return look, list(look.neurons()) if look else []
+
+
+def judge(look: FirstLook, neuron: Neuron, coefficients: tuple[float, ...]) -> Case:
+    """Hold what splitwatch predicts of a split against the dense Hessian of the wide network."""
+    land, (found, grey) = look.land, look.narrow
+    narrow = narrow_kind(land, found)
+    # Two-class softmax sees one combination of its logits.
+    binary = land.classes and land.Y.shape[1] == 2 and neuron.layer.name == str(len(land.model) - 3)
+    options = {"coupling_rank": neuron.rank, "narrow": narrow, "tolerance": ZERO * look.scale}
+    predicted = classify_split(neuron.eigenvalues, coefficients, outputs=len(neuron.G), **options)
+    kind = (
+        classify_split(neuron.eigenvalues, coefficients, **options).kind
+        if binary and neuron.rank < 2
+        else predicted.kind
+    )
+    activation = type(land.model[1]).__name__
+    case = Case(land.origin, activation, narrow, name(neuron.rank, *neuron.signs), coefficients, kind)
+    wide, blurred, stationary = look.wide(neuron, coefficients)
+    expected = tuple(a + b for a, b in zip(found, predicted.inertia, strict=True))
+    case.grey = grey or neuron.grey or blurred
+    if case.grey:
+        return case
+    if not stationary:
         case.wrong = "the wide point is not stationary"
-    elif found != expected:
-        case.wrong = f"inertia {found}, predicted {expected}"
-    elif (case.kind == "strict_saddle") != (found[1] > 0):
-        case.wrong = f"{found[1]} negative eigenvalues"
-    elif case.kind in ("minimum", "saddle") and rng.random() < 0.1:
-        case.descended = descends(wide, (0.05, 0.01, 0.002) if case.kind == "minimum" else (0.3,), rng)
-        case.wrong = "lower losses next to it" if case.descended and case.kind == "minimum" else ""
+    elif wide != expected:
+        case.wrong = f"inertia {wide}, predicted {expected}"
+    elif (case.kind == "strict_saddle") != (wide[1] > 0):
+        case.wrong = f"{wide[1]} negative eigenvalues"
+    return case
 
 
-def descends(land: Landscape, radii: tuple[float, ...], rng: np.random.Generator) -> bool:
-    """Whether bounded searches from random starts reach a lower loss in every one of the boxes."""
-    base = float(land.value(land.point))
-
-    def lower(radius: float) -> bool:
-        start = land.point + radius * torch.as_tensor(rng.uniform(-1, 1, len(land.point)))
-        return land.lowest(start, 100, radius)[1] < base - 1e-12
-
-    return all(any(lower(radius) for _ in range(3)) for radius in radii)
+def settle(look: SecondLook, neuron: Neuron, coefficients: tuple[float, ...], case: Case) -> Case:
+    """The case decided at 150 digits, or as it was where float64 cannot tell whether a measured number is zero."""
+    grey, wrong = look.check(neuron)
+    if grey or wrong:
+        return replace(case, grey=grey, wrong=wrong)
+    case = judge(look, neuron, coefficients)
+    return replace(case, settled=not case.grey)
 
 
+def search(case: Case, wide: Landscape, rng: np.random.Generator) -> None:
+    """Look for lower losses next to a predicted minimum or saddle."""
+    case.descended = descends(wide, (0.05, 0.01, 0.002) if case.kind == "minimum" else (0.3,), rng)
+    case.wrong = "lower losses next to it" if case.descended and case.kind == "minimum" else case.wrong
+
+
+@threadpool_limits.wrap(limits=1)  # threads of BLAS only wait for each other here
 def run(wanted: int, seed: int) -> tuple[list[Case], Counter[str]]:
     """At least ``wanted`` cases, and the numbers of stationary points found and of attempts that failed."""
     rng, cases, points = np.random.default_rng(seed), [], Counter()
@@ -168,7 +167,8 @@ def run(wanted: int, seed: int) -> tuple[list[Case], Counter[str]]:
 
 def table(cases: list[Case]) -> Table:
     columns = (*CLASSES, "coupled")
-    result = Table("", *("cases", *columns, "disagree", "undecided"), title="Plateau oracle, by inner Hessian")
+    heads = ("", "cases", *columns, "150 digits", "disagree", "undecided")
+    result = Table(*heads, title="Plateau oracle, by inner Hessian")
     for column in result.columns[1:]:
         column.justify = "right"
     keys = (lambda c: c.family, lambda c: c.activation, lambda c: f"{len(c.coefficients)} copies")
@@ -176,8 +176,8 @@ def table(cases: list[Case]) -> Table:
         for label in sorted(set(map(key, cases))):
             rows = [c for c in cases if key(c) == label]
             numbers = [sum(c.spectrum == column for c in rows) for column in columns]
-            numbers = [len(rows), *numbers, sum(bool(c.wrong) for c in rows), sum(bool(c.grey) for c in rows)]
-            result.add_row(label, *map(str, numbers))
+            outcomes = [sum(bool(getattr(c, outcome)) for c in rows) for outcome in ("settled", "wrong", "grey")]
+            result.add_row(label, *map(str, [len(rows), *numbers, *outcomes]))
         result.add_section()
     return result
 
@@ -188,12 +188,13 @@ def main(argv: list[str] | None = None) -> list[Case]:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    start, console = time.perf_counter(), Console(width=130, highlight=False)
+    start, console = time.perf_counter(), Console(width=142, highlight=False)
     cases, points = run(arguments.cases, arguments.seed)
     console.print(table(cases))
     for kind in ("minimum", "saddle"):
         tried = [c.descended for c in cases if c.kind == kind and c.descended is not None]
         console.print(f"predicted {kind}: searches found lower losses next to {sum(tried)} of {len(tried)}")
+    console.print(f"settled with 150 digits: {sum(c.settled for c in cases)}")
     console.print(f"undecided, by what has a grey eigenvalue: {dict(Counter(c.grey for c in cases if c.grey))}")
     console.print(f"{points['found']} stationary points from {points['attempts']} attempts, seed {arguments.seed}")
     console.print(f"torch {torch.__version__}, one thread, {time.perf_counter() - start:.0f} s")

@@ -28,6 +28,24 @@ ACTIVATIONS = {"tanh": nn.Tanh, "GELU": nn.GELU, "softplus": nn.Softplus, "sin":
 
 
 @dataclass
+class Design:
+    """S = frame · diag(spectrum) · frameᵀ and G = column · rowᵀ prescribed for a neuron at a stationary point."""
+
+    place: tuple[str, int]  # module and neuron
+    frame: np.ndarray  # (d, d)
+    spectrum: np.ndarray  # (d,)
+    column: np.ndarray  # (c,)
+    row: np.ndarray  # (d,)
+    change: np.ndarray  # from outputs (or probabilities) to targets (N·outputs,), in float64
+    answer: np.ndarray  # changes of the targets (N·outputs, P + d² + c·d) per change of gradient, S, and G
+
+    @property
+    def inner(self) -> np.ndarray:
+        """S (d, d)."""
+        return self.frame * self.spectrum @ self.frame.T
+
+
+@dataclass
 class Landscape:
     """The mean loss of Linear modules and activations in sequence, as a function of its flat parameters."""
 
@@ -36,7 +54,7 @@ class Landscape:
     Y: Tensor
     classes: bool  # cross-entropy, Y probabilities; otherwise half the squared error
     origin: str
-    prescribed: tuple[str, int, Tensor] | None = None  # module, neuron, its S, where the point was designed
+    design: Design | None = None
 
     def loss_fn(self, model: Callable, batch: tuple[Tensor, Tensor]) -> Tensor:
         out, target = model(batch[0]), batch[1]
@@ -118,27 +136,33 @@ def designed(rng: np.random.Generator, family: str, activation: str) -> Landscap
     land = build(rng, family, activation, bias=activation != "sin" and bool(rng.random() < 0.6))
     index = 2 * int(rng.integers(len(land.model) // 2))
     r = int(rng.integers(land.model[index].out_features))
-    slopes, inner, mixed = equations(land, index, r)
-    d, v = len(inner), land.model[index + 2].weight[:, r].detach().numpy()
+    forms = equations(land, index, r)
+    count, d, v = len(forms[0]), len(forms[1]), land.model[index + 2].weight[:, r].detach().numpy()
     signs = CLASSES[rng.choice(list(CLASSES), p=[0.3, 0.3, 0.2, 0.1, 0.1])]
-    frame = np.linalg.qr(rng.normal(size=(d, d)))[0]
-    S, G = frame @ np.diag(rng.uniform(0.5, 2, d) * np.resize(signs, d)) @ frame.T, np.zeros((len(v), d))
+    frame, spectrum = np.linalg.qr(rng.normal(size=(d, d)))[0], rng.uniform(0.5, 2, d) * np.resize(signs, d)
     softmax = land.classes and index + 3 == len(land.model)
-    free = null_space(np.stack([v, np.ones(len(v))][: 1 + softmax]))
+    free, column, row = null_space(np.stack([v, np.ones(len(v))][: 1 + softmax])), np.zeros(len(v)), np.zeros(d)
     if free.shape[1] and rng.random() < 0.3:
-        G = np.outer(free[:, 0], rng.normal(size=d))
-    wanted = np.concatenate([np.zeros(len(slopes)), S.reshape(-1), G.reshape(-1)])
-    outputs = land.Y.shape[1]
-    basis = np.kron(np.eye(len(land.X)), null_space(np.ones((1, outputs))) if land.classes else np.eye(outputs))
-    system = torch.cat([part.reshape(-1, land.Y.numel()) for part in (slopes, inner, mixed)]).numpy() @ basis
-    residual = np.linalg.lstsq(system, wanted, rcond=1e-12)[0]
-    if np.abs(system @ residual - wanted).max() > 1e-11:
+        column, row = free[:, 0], rng.normal(size=d)
+    inner, mixed = frame * spectrum @ frame.T, np.outer(column, row)
+    wanted = np.concatenate([np.zeros(count), inner.reshape(-1), mixed.reshape(-1)])
+    effect = effects(land, forms)
+    answer = np.linalg.pinv(effect, rcond=1e-12)
+    change = answer @ wanted
+    if np.abs(effect @ change - wanted).max() > 1e-11:
         return None
-    error, out = torch.as_tensor(basis @ residual).view_as(land.Y), land.model(land.X).detach()
-    scale = float(rng.choice([0.02, 0.1, 0.5])) / max(float(error.square().mean().sqrt()), 1e-12)
-    land.Y = (out.softmax(1) if land.classes else out) - scale * error
-    land.prescribed = (str(index), r, torch.as_tensor(S) * scale / len(land.X))
+    out = land.model(land.X).detach()
+    scale = float(rng.choice([0.02, 0.1, 0.5])) / max(float(np.sqrt(np.mean(change**2))), 1e-12)
+    land.Y = (out.softmax(1) if land.classes else out) + scale * torch.as_tensor(change).view_as(out)
+    land.design = Design((str(index), r), frame, scale * spectrum, scale * column, row, scale * change, answer)
     return None if land.classes and float(land.Y.min()) < 0 else land
+
+
+def effects(land: Landscape, forms: tuple[Tensor, ...]) -> np.ndarray:
+    """What changes of the targets (N·outputs,) do to means of linear forms; those of probabilities sum to zero."""
+    (samples, outputs), classes = land.Y.shape, land.classes
+    tangent = np.kron(np.eye(samples), np.eye(outputs) - classes / outputs)
+    return -torch.cat([form.reshape(-1, land.Y.numel()) for form in forms]).numpy() @ tangent / samples
 
 
 def equations(land: Landscape, index: int, r: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -156,7 +156,7 @@ class Grower:
         """
         probe = self._probe()
         layers = self._layers(probe)
-        geometry = measure_geometry(self.model, probe, layers)
+        geometry = self._geometry(probe, layers)
         return plan_growth(self.model, geometry, probe, self.policy, layers=layers)
 
     def state_dict(self) -> dict[str, Any]:
@@ -196,6 +196,10 @@ class Grower:
     def _layers(self, probe: Probe) -> tuple[HiddenLayer, ...]:
         return select_layers(find_hidden_layers(self.model, probe), self.policy.layers)
 
+    def _geometry(self, probe: Probe, layers: Sequence[HiddenLayer]) -> dict[str, LayerGeometry]:
+        wanted, max_bytes = self.policy.max_neurons, self.policy.max_bytes
+        return measure_geometry(self.model, probe, layers, wanted=wanted, max_bytes=max_bytes)
+
     def _measure(self) -> GrowthEvent:
         probe, parameters = self._probe(), count_parameters(self.model)
         stages = _Stages(self.progress)
@@ -207,7 +211,7 @@ class Grower:
                 return GrowthEvent(plan, {}, (parameters, parameters), verdict=verdict, seconds=stages.seconds)
             with stages(GEOMETRY):
                 layers = self._layers(probe)
-                geometry = measure_geometry(self.model, probe, layers)
+                geometry = self._geometry(probe, layers)
             with stages("plan"):
                 plan = plan_growth(self.model, geometry, probe, self.policy, layers=layers)
             with stages("diagnosis"):

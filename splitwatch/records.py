@@ -90,11 +90,15 @@ class StationarityVerdict:
 class LayerGeometry:
     """Curvature of all m neurons of a hidden layer, fitted on one half of the probe, verified on the other.
 
-    ``interval``, ``max_interval`` and ``escape_interval`` (m, 2) are the held-out confidence intervals of the Rayleigh
-    quotients along ``min_vector``, ``max_vector`` and the escape direction. ``residual`` (m, 2) holds the true residual
-    norms of the two extreme eigenpairs of the inner Hessian, ``escape_residual`` (m,) that of the escape operator for
-    the coefficients (½, ½), whose unit eigenvector is (``escape_in``, ``escape_out``). ``stationarity_residual`` (m,)
-    is |grad_w L| / |v|, the part of the coupling that a stationary point does not have.
+    ``interval``, ``max_interval`` and ``escape_interval`` (m, 2) are lower and upper held-out confidence bounds, each
+    one-sided, of the Rayleigh quotients along ``min_vector``, ``max_vector`` and the escape direction. They take
+    samples for independent; all positions of an image or a sequence are one sample. ``residual`` (m, 2) holds the
+    true residual norms of the two extreme eigenpairs of the inner Hessian, ``escape_residual`` (m,) that of the
+    escape operator for the coefficients (½, ½), whose unit eigenvector is (``escape_in``, ``escape_out``).
+    ``stationarity_residual`` (m,) is |grad_w L| / |v|, the part of the coupling that a stationary point does not
+    have. ``proven`` (m, 2) says whose S ⪰ 0 and whose S ⪯ 0 on the fitted half by the sign of all curvatures in it;
+    no eigenvalue that was found proves that. ``screened`` (m,) marks neurons whose escape is known to 10 % only,
+    enough to see that others are lower.
     """
 
     layer: str
@@ -112,6 +116,8 @@ class LayerGeometry:
     max_interval: Tensor
     escape_interval: Tensor
     stationarity_residual: Tensor
+    proven: Tensor
+    screened: Tensor
 
     @property
     def negative(self) -> Tensor:
@@ -144,6 +150,11 @@ class LayerGeometry:
             "best escape": f"{float(self.escape_eigenvalue.min()):+.3e}",
             "inner Hessians": share,
         }
+        for column, sign in enumerate("⪰⪯"):
+            if bool(self.proven[:, column].any()):
+                rows[f"proven S {sign} 0"] = f"{int(self.proven[:, column].sum())} neurons"
+        if bool(self.screened.any()):
+            rows["escape known to 10 % only"] = f"{int(self.screened.sum())} neurons, none of them among the lowest"
         return _table(f"{self.layer}: {len(self.min_eigenvalue)} neurons", rows)
 
 

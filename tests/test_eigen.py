@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from scipy.sparse.linalg import LinearOperator, eigsh
 
 from splitwatch.geometry.eigen import ExtremeEigenpairs, dense_operator, extreme_eigenpairs
+from splitwatch.geometry.krylov import Lanczos, scaled
 from splitwatch.records import SplitWatchError
 
 TOLERANCE = 1e-3
@@ -303,3 +304,69 @@ def test_a_gpu_gives_the_same_pairs():
     here = solve(matrices)
     assert torch.allclose(pairs.min_value.cpu(), here.min_value, rtol=0, atol=1e-3 * 3)
     assert torch.allclose(pairs.max_value.cpu(), here.max_value, rtol=0, atol=1e-3 * 3)
+
+
+def test_groups_within_a_memory_bound_give_the_same_pairs():
+    matrices = batch(60, torch.float64)
+    whole, groups = solve(matrices), solve(matrices, max_bytes=3 * 2 * 60 * 8 * 32)
+    for field in ("min_value", "max_value", "residual", "scale"):
+        torch.testing.assert_close(getattr(groups, field), getattr(whole, field), rtol=1e-9, atol=1e-9)
+    assert torch.equal(groups.exhausted, whole.exhausted)
+    assert groups.products > whole.products
+
+
+def test_a_start_saves_products_and_misses_nothing():
+    n = 200
+    spectrum = torch.linspace(-0.5, 0.5, n, dtype=torch.float64)
+    spectrum[0], spectrum[-1] = -1.0, 1.0
+    matrix = rotated(spectrum)
+    lowest, other = (torch.linalg.eigh(matrix).eigenvectors[:, i] for i in (0, 100))
+    plain, helped, misled = (solve(matrix[None], start=start) for start in (None, lowest, other))
+    assert helped.products <= plain.products
+    for pairs in (plain, helped, misled):
+        assert pairs.min_value.item() == pytest.approx(-1, abs=1e-3)
+        assert pairs.max_value.item() == pytest.approx(1, abs=1e-3)
+
+
+def test_one_end_takes_fewer_products_where_the_other_is_hard():
+    n = 150
+    spectrum = 1 - torch.linspace(0, 1, n, dtype=torch.float64) ** 3  # crowded at the top
+    spectrum[-1] = -1.0
+    both, low = (
+        solve(rotated(spectrum)[None], tolerance=1e-6),
+        solve(rotated(spectrum)[None], tolerance=1e-6, ends="min"),
+    )
+    assert low.products < both.products
+    assert low.converged[0, 0] and low.min_value.item() == pytest.approx(-1, abs=1e-9)
+
+
+def test_screened_operators_are_not_among_the_lowest_wanted():
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.logspace(0, -2, 30, dtype=torch.float64)
+    matrices = torch.stack(
+        [s * rotated(torch.randn(80, generator=generator).double(), i) for i, s in enumerate(scales)]
+    )
+    pairs = solve(matrices, ends="min", wanted=4)
+    truth = torch.linalg.eigvalsh(matrices)[:, 0]
+    lowest = truth.argsort()[:4]
+    assert pairs.screened.sum() >= 10 and not pairs.screened[lowest].any()
+    assert (pairs.converged[:, 0] | pairs.screened).all()
+    assert (pairs.min_value[pairs.screened] > truth[lowest].max()).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_vectors_stay_orthogonal_to_half_precision(dtype):
+    n, steps = 150, 100
+    spectrum = torch.linspace(0, 1, n, dtype=torch.float64)
+    spectrum[-1] = 5.0  # converges early, after which plain Lanczos would find it again and again
+    matrix = rotated(spectrum).to(dtype)[None]
+    start = torch.nn.functional.normalize(torch.ones(1, n, dtype=dtype))
+    operators = scaled(product_of(matrix), 1, None)
+    space = Lanczos(operators, start, steps)
+    for _ in range(steps):
+        space.step()
+    vectors = space.basis[0, 0, :steps].double()
+    overlap = (vectors @ vectors.mT - torch.eye(steps).double()).abs().max()
+    assert overlap <= 10 * torch.finfo(dtype).eps ** 0.5
+    values = torch.linalg.eigvalsh(torch.diag(space.alpha[0]) + torch.diag(space.beta[0, :-1], -1)) * operators.unit
+    assert int((values > 4).sum()) == 1  # no copies

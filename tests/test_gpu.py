@@ -14,10 +14,10 @@ from zoo import ZOO, mse
 
 from splitwatch import Grower, GrowthPolicy, SplitWatch
 from splitwatch.geometry.dense import layer_curvature
-from splitwatch.precision import full_precision
 from splitwatch.geometry.measure import measure_geometry
 from splitwatch.growth.grow import grow
 from splitwatch.growth.plan import plan_growth
+from splitwatch.precision import full_precision
 from splitwatch.probe import Probe
 from splitwatch.records import SplitWatchError
 

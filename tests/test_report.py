@@ -59,6 +59,8 @@ def geometry(name: str = "net.0", m: int = NEURONS, d: int = 4, c: int = 3) -> L
         max_interval=high[:, None] + width,
         escape_interval=low[:, None] - 0.1 + width,
         stationarity_residual=1e-3 * draw(m).abs(),
+        proven=torch.zeros(m, 2, dtype=torch.bool),
+        screened=torch.zeros(m, dtype=torch.bool),
     )
 
 

@@ -208,6 +208,13 @@ class LayerCurvature:
         """The direction of the mean input of a neuron, which its curvature often stretches most, (d,)."""
         return torch.nn.functional.normalize(self._mean(lambda part: (part.total_input(),))[0][0], dim=0)
 
+    def proven(self) -> Tensor:
+        """Whose S ⪰ 0 and whose S ⪯ 0 by the sign of φ'' at every sample, (k, 2) bool; most often nothing is proven."""
+        doubts = torch.zeros(len(self.outgoing), 2, device=self.outgoing.device)
+        for part in self.parts:
+            doubts += ~part.response.signs()
+        return summed(doubts) == 0
+
     def quotients(self, u: Tensor, v: Tensor | None = None, kappa: float = 1.0, gamma: float = 0.0) -> Tensor:
         """Per-sample values of κ uᵀS u + 2γ vᵀG u over this process's half, (samples, k)."""
         return torch.cat([part.quotients(u, v, kappa, gamma) for part in self.parts])

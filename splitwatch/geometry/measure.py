@@ -31,6 +31,7 @@ def measure_geometry(
     *,
     tolerance: float = 1e-3,
     confidence: float = 0.95,
+    wanted: int | None = None,
     max_bytes: int = MAX_BYTES,
     seed: int = 0,
 ) -> dict[str, LayerGeometry]:
@@ -41,7 +42,9 @@ def measure_geometry(
         probe: where to measure; one half is fitted on, the other verifies.
         layers: names (or records) of hidden layers; all that can be widened by default.
         tolerance: residual of an eigenpair relative to the operator's norm at which it is accepted.
-        confidence: of the two-sided held-out intervals, normal approximation over samples.
+        confidence: of each held-out bound, one-sided, normal approximation over samples.
+        wanted: how many neurons of a layer a decision can take; escapes of the others are left at 10 % as soon as it
+            is clear that they are not among the lowest. By default all are iterated to ``tolerance``.
         max_bytes: bound on what is kept in memory beside the model's own forward and backward pass on one batch, and
             again on the solver's vectors.
         seed: of the solver's start vectors.
@@ -52,7 +55,7 @@ def measure_geometry(
     chosen = resolve_layers(model, probe, layers)
     fits = {}
     for curvature in Sweep(model, probe, chosen, "fitted", max_bytes).curvatures():
-        fits[curvature.layer.name] = _fit(curvature, tolerance, max_bytes, seed)
+        fits[curvature.layer.name] = _fit(curvature, tolerance, wanted, max_bytes, seed)
         del curvature  # before the next one is made
     checks = _check(Sweep(model, probe, chosen, "held_out"), fits, confidence)
     return {name: LayerGeometry(name, **fit, **checks[name]) for name, fit in fits.items()}
@@ -138,7 +141,9 @@ class EscapeOperator:
         return replace(self, curvature=self.curvature.restricted(rows), across=Across(self.across.axis[rows]))
 
 
-def _fit(curvature: LayerCurvature, tolerance: float, max_bytes: int, seed: int) -> dict[str, Tensor]:
+def _fit(
+    curvature: LayerCurvature, tolerance: float, wanted: int | None, max_bytes: int, seed: int
+) -> dict[str, Tensor]:
     """What the fitted half says of a layer, by the names of ``LayerGeometry``."""
     v, d, c, across = curvature.outgoing, curvature.d, curvature.c, Across.of(curvature)
     like = {"m": len(v), "dtype": v.dtype, "device": v.device}
@@ -147,7 +152,7 @@ def _fit(curvature: LayerCurvature, tolerance: float, max_bytes: int, seed: int)
     inner = solve(InnerHessian(curvature), n=d, start=start)
     gram = solve(CouplingGram(curvature, across), n=d, ends="max", start=start)
     operator, start = EscapeOperator(curvature, across, *_weights()), torch.cat([start, start.new_zeros(c)])
-    escape = solve(operator, n=d + c, ends="min", start=start)
+    escape = solve(operator, n=d + c, ends="min", start=start, wanted=wanted)
     escape_in, escape_out = escape.min_vector.split([d, c], dim=1)
     return {
         "min_eigenvalue": inner.min_value,
@@ -161,13 +166,15 @@ def _fit(curvature: LayerCurvature, tolerance: float, max_bytes: int, seed: int)
         "escape_out": across(escape_out),
         "escape_residual": escape.residual[:, 0],
         "stationarity_residual": curvature.coupling_adjoint(across.axis).norm(dim=1),
+        "proven": curvature.proven(),
+        "screened": escape.screened,
     }
 
 
 def _check(sweep: Sweep, fits: Mapping[str, Mapping[str, Tensor]], confidence: float) -> dict[str, dict[str, Tensor]]:
-    """Held-out confidence intervals of the fitted directions' Rayleigh quotients, in one pass through the batches."""
+    """Held-out confidence bounds of the fitted directions' Rayleigh quotients, in one pass through the batches."""
     names = ("interval", "max_interval", "escape_interval")
-    metrics = {(layer, name): HeldOutQuotient(confidence) for layer in fits for name in names}
+    metrics = {(layer, name): HeldOutQuotient(confidence, two_sided=False) for layer in fits for name in names}
     for parts in sweep.batches():
         for layer in list(parts):
             part, fit = parts.pop(layer), fits[layer]

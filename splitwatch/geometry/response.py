@@ -144,6 +144,23 @@ class Response:
         part.bends, part.slopes = (_select(blocks, self.axis, rows) for blocks in (self.bends, self.slopes))
         return part
 
+    def signs(self) -> Tensor:
+        """For which of k neurons φ'' ⪰ 0 everywhere, and for which φ'' ⪯ 0, (k, 2) bool; False where it cannot be told.
+
+        A single producer's φ'' that is diagonal tells; Xᵀ φ'' X has the same sign then (Gram form).
+        """
+        blocks = [block for row in self.bends or () for block in row if block is not None]
+        if self.bends is None or (blocks and len(self.bends) > 1):
+            return torch.zeros(self._k, 2, dtype=torch.bool, device=self.like.device)
+        if not blocks:
+            return torch.ones(self._k, 2, dtype=torch.bool, device=self.like.device)
+        rows = blocks[0].movedim(self.axis, 0).flatten(1)
+        return torch.stack([rows.amin(1) >= 0, rows.amax(1) <= 0], dim=1)
+
+    @property
+    def _k(self) -> int:
+        return self.shapes[0][self.axis] if self.rows is None else len(self.rows)
+
     def bend(self, t: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """∂²φ/∂z² · t."""
         if self.bends is not None:

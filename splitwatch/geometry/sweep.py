@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from torch import nn
 
@@ -53,20 +54,25 @@ class Sweep:
         self.sizes: dict[str, int] = {}
         self.patterns: dict[str, Pattern] = {}
 
-    def batches(self) -> Iterator[dict[str, InnerCurvature]]:
-        """Every batch's curvatures by layer, one batch after the other."""
-        for traces in self.probe.traces(self.model, self.layers, self.half):
-            yield {name: self._part(name, trace) for name, trace in traces.items()}
+    def batches(self, layers: Sequence[HiddenLayer] | None = None) -> Iterator[dict[str, InnerCurvature]]:
+        """The curvatures by layer, of all layers by default, on one batch after the other."""
+        for traces in self.probe.traces(self.model, self.layers if layers is None else layers, self.half):
+            yield {name: self._part(name, traces.pop(name)) for name in list(traces)}
 
     def curvatures(self) -> Iterator[LayerCurvature]:
         """Every layer's curvature on the whole half, one after the other; let go of one before taking the next."""
-        if self.layers:
-            first = next(self.probe.traces(self.model, self.layers, self.half))
-            for name in list(first):
-                part = self._part(name, first.pop(name))
-                self.sizes[name] = part.nbytes * self.samples // part.trace.size
+        batches = self.batches()
+        first = next(batches)
+        self.sizes = {name: part.nbytes * self.samples // part.trace.size for name, part in first.items()}
+        if self._fits(self.layers):
+            yield from self._kept(self.layers, chain([first], batches))
+            return
+        del first, batches
         for group in self._groups():
-            yield from self._kept(group) if self._fits(group) else self._recaptured(group)
+            if self._fits(group):
+                yield from self._kept(group, self.batches(group))
+            else:
+                yield from self._recaptured(group)
 
     def _part(self, name: str, trace: LayerTrace) -> InnerCurvature:
         part = InnerCurvature(trace, self.patterns.get(name))
@@ -86,11 +92,13 @@ class Sweep:
         if group:
             yield group
 
-    def _kept(self, group: Sequence[HiddenLayer]) -> Iterator[LayerCurvature]:
+    def _kept(
+        self, group: Sequence[HiddenLayer], batches: Iterable[dict[str, InnerCurvature]]
+    ) -> Iterator[LayerCurvature]:
         parts: dict[str, list[InnerCurvature]] = {layer.name: [] for layer in group}
-        for traces in self.probe.traces(self.model, group, self.half):
-            for name in list(traces):
-                parts[name].append(self._part(name, traces.pop(name)))
+        for batch in batches:
+            for name, part in batch.items():
+                parts[name].append(part)
         for layer in group:
             yield LayerCurvature.of(layer, tuple(parts.pop(layer.name)), self.weight)
 

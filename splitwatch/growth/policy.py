@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from splitwatch.geometry.sweep import MAX_BYTES
 from splitwatch.records import SplitWatchError
 
 
@@ -30,6 +31,8 @@ class GrowthPolicy:
             run is measured depend on timing: pass None where they have to be reproducible, and for small networks,
             where a measurement takes as long as thousands of steps. A measurement that ends in growth does not count,
             and a run that may grow is held back only after a minute of measurements that came to nothing.
+        max_bytes: memory that a measurement may keep beside the model's own forward and backward pass on one batch, and
+            once more for the solver's vectors; what does not fit is computed again instead.
     """
 
     layers: Sequence[str] | None = None
@@ -44,6 +47,7 @@ class GrowthPolicy:
     noise_ratio: float = 1.0
     probe_samples: int = 4096
     max_overhead: float | None = 0.01
+    max_bytes: int = MAX_BYTES
 
     def __post_init__(self) -> None:
         limits = (
@@ -65,6 +69,6 @@ class GrowthPolicy:
             )
         if not self.cap > 1:
             raise SplitWatchError(f"cap: required Σ|λ| > 1 (1 leaves no negative coefficient), found {self.cap}")
-        for name, least in (("window", 10), ("probe_samples", 2)):
+        for name, least in (("window", 10), ("probe_samples", 2), ("max_bytes", 1)):
             if getattr(self, name) < least:
                 raise SplitWatchError(f"{name}: required at least {least}, found {getattr(self, name)}")
