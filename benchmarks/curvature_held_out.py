@@ -65,8 +65,7 @@ def _outside(seed: int, activation: type[nn.Module], probes: int) -> Tensor:
     found = []
     for _ in range(probes):
         probe = Probe([task.draw(SAMPLES)], case.loss_fn)
-        # The upper end of a two-sided interval at twice the nominal rate is a one-sided bound at the nominal one.
-        geometry = measure_geometry(model, probe, [layer], confidence=1 - 2 * NOMINAL)[layer.name]
+        geometry = measure_geometry(model, probe, [layer], confidence=1 - NOMINAL)[layer.name]
         value = (geometry.min_vector * population.hessian(geometry.min_vector)).sum(dim=1)
         found.append(value > geometry.interval[:, 1])
     return torch.stack(found)
