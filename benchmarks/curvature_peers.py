@@ -92,5 +92,5 @@ def _against(clock: Clock, name: str, products: dict[str, Product]) -> list[Row]
     what, ratio = f"{name}: full Hessian product against {fastest}", seconds["splitwatch"] / seconds[fastest]
     return [
         clock.at_most(what, ratio, 1, "×", note),
-        Row("they agree", f"{deviation:.1e}", f"≤ {AGREEMENT:g}", deviation <= AGREEMENT),
+        Row(f"{name}: the libraries agree", f"{deviation:.1e}", f"≤ {AGREEMENT:g}", deviation <= AGREEMENT),
     ]
