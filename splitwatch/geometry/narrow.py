@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import NamedTuple
 
 import torch
@@ -152,10 +152,8 @@ class LossCurvature:
 
     def _mean(self, half: str, of: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
         batches = self.probe.half(half)
-        total = torch.zeros(self.n, dtype=dtype, device=self.device)
-        for batch, share in zip(batches, shares(batches), strict=True):
-            total.add_(of(self._slope(batch)).detach(), alpha=share)
-        return total
+        weighted = zip(batches, shares(batches), strict=True)
+        return reduce(Tensor.add_, (share * of(self._slope(batch)).detach().to(dtype) for batch, share in weighted))
 
     def _slope(self, batch: Batch) -> Tensor:
         """One batch's gradient with the graph that leads to it, kept while there is room."""
