@@ -15,9 +15,9 @@ TEST: Final = "gradient test"
 GEOMETRY: Final = "geometry"
 """The two kinds of measurement: the test alone, and all that is done at a stationary point, the test included."""
 
-PASSES, TESTS = 10, 100
+PASSES, TESTS = 10, 40
 """What is expected before anything was measured: a test takes 10 times as long as training on the probe's samples, all
-that is done at a stationary point 100 times as long as the test."""
+that is done at a stationary point 40 times as long as the test."""
 
 CREDIT: Final = 60.0
 """Seconds of monitoring that a run which may grow has beyond its share, so that small networks grow at once."""

@@ -91,7 +91,7 @@ def test_while_it_saves_up_for_the_geometry_no_test_spends_the_savings(clock):
     assert "max_overhead" in first.plan.reason
     assert first.verdict.kind == "stationary"
     assert second.geometry
-    assert second.step > 5 * first.step
+    assert second.step > 2 * first.step
 
 
 def test_a_moving_run_is_tested_at_the_pace_of_the_test(clock):
