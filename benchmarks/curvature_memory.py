@@ -17,7 +17,7 @@ from curvature_nets import transformer
 from curvature_solve import Layers
 
 BOUND = 1.5
-MAX_BYTES = 3 * 2**27
+MAX_BYTES = 11 * 2**25
 LENGTH = 128
 
 

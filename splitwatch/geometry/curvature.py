@@ -56,12 +56,15 @@ class InnerCurvature:
 
     def drop(self, t: Sequence[Tensor]) -> Tensor:
         """The adjoint of ``lift``: pre-activations → (m, d)."""
+        return torch.cat(self._columns(t), dim=1)
+
+    def _columns(self, t: Sequence[Tensor]) -> list[Tensor]:
         columns = []
         for producer, signal in zip(self.trace.producers, t, strict=True):
             columns.append(producer.weight_gradient(signal).flatten(1))
             if producer.has_bias:
                 columns.append(producer.bias_gradient(signal)[:, None])
-        return torch.cat(columns, dim=1)
+        return columns
 
     def total_input(self) -> Tensor:
         """What a gradient of one everywhere in the pre-activations would be in one neuron's weights, (1, d)."""
@@ -135,12 +138,12 @@ class InnerCurvature:
         """G_rᵀ v_r for every neuron, (k, c) → (k, d)."""
         return self.drop(self.response.pull(self.spread(v)))
 
-    def joint(self, u: Tensor, v: Tensor, kappa: float, gamma: float) -> tuple[Tensor, Tensor]:
-        """κ S u + γ Gᵀ v (k, d) and γ G u (k, c), for little more than S u alone."""
+    def joint(self, u: Tensor, v: Tensor, kappa: float, gamma: float) -> Tensor:
+        """κ S u + γ Gᵀ v and γ G u side by side, (k, d + c), for less than S u, Gᵀ v and G u by themselves."""
         t = self.lift(u)
         pairs = zip(self.response.bend(t), self.response.pull(self.spread(v)), strict=True)
-        top = self.drop([(kappa * bent).add_(pulled, alpha=gamma) for bent, pulled in pairs])
-        return top, gamma * self.collect(self.response.push(t))
+        top = self._columns([(kappa * bent).add_(pulled, alpha=gamma) for bent, pulled in pairs])
+        return torch.cat([*top, self.collect(self.response.push(t)).mul_(gamma)], dim=1)
 
     def quotients(self, u: Tensor, v: Tensor | None = None, kappa: float = 1.0, gamma: float = 0.0) -> Tensor:
         """Per-sample values of κ uᵀS u + 2γ vᵀG u, (samples, k); their mean is the batch's value."""
@@ -189,24 +192,23 @@ class LayerCurvature:
 
     def hessian(self, u: Tensor) -> Tensor:
         """S_r u_r for every neuron, (k, d) → (k, d)."""
-        return self._mean(lambda part: (part.hessian(u),))[0]
+        return self._mean(lambda part: part.hessian(u))
 
     def coupling(self, u: Tensor) -> Tensor:
         """G_r u_r for every neuron, (k, d) → (k, c)."""
-        return self._mean(lambda part: (part.coupling(u),))[0]
+        return self._mean(lambda part: part.coupling(u))
 
     def coupling_adjoint(self, v: Tensor) -> Tensor:
         """G_rᵀ v_r for every neuron, (k, c) → (k, d)."""
-        return self._mean(lambda part: (part.coupling_adjoint(v),))[0]
+        return self._mean(lambda part: part.coupling_adjoint(v))
 
-    def joint(self, u: Tensor, v: Tensor, kappa: float, gamma: float) -> tuple[Tensor, Tensor]:
-        """κ S u + γ Gᵀ v (k, d) and γ G u (k, c) for every neuron."""
-        top, bottom = self._mean(lambda part: part.joint(u, v, kappa, gamma))
-        return top, bottom
+    def joint(self, u: Tensor, v: Tensor, kappa: float, gamma: float) -> Tensor:
+        """κ S u + γ Gᵀ v and γ G u side by side, (k, d + c), for every neuron."""
+        return self._mean(lambda part: part.joint(u, v, kappa, gamma))
 
     def mean_input(self) -> Tensor:
         """The direction of the mean input of a neuron, which its curvature often stretches most, (d,)."""
-        return torch.nn.functional.normalize(self._mean(lambda part: (part.total_input(),))[0][0], dim=0)
+        return torch.nn.functional.normalize(self._mean(lambda part: part.total_input())[0], dim=0)
 
     def proven(self) -> Tensor:
         """Whose S ⪰ 0 and whose S ⪯ 0 by the sign of φ'' at every sample, (k, 2) bool; most often nothing is proven."""
@@ -224,12 +226,13 @@ class LayerCurvature:
         units = torch.eye(self.d, dtype=self.outgoing.dtype, device=self.outgoing.device)
         return torch.stack([product(unit.expand(len(self.outgoing), -1).contiguous()) for unit in units], dim=-1)
 
-    def _mean(self, products: Callable[[InnerCurvature], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        totals: list[Tensor] = []
+    def _mean(self, product: Callable[[InnerCurvature], Tensor]) -> Tensor:
+        total = None
         for part in self.parts:
-            scaled = [value.mul_(part.trace.share * self.weight) for value in products(part)]
-            totals = [a.add_(b) for a, b in zip(totals, scaled, strict=True)] if totals else scaled
-        return tuple(summed(total) for total in totals)
+            value, share = product(part), part.trace.share * self.weight
+            total = value.mul_(share) if total is None else total.add_(value, alpha=share)
+        assert total is not None
+        return summed(total)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

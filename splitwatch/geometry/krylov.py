@@ -22,7 +22,7 @@ _COARSE = 0.1  # residual, relative to the operator's size, at which a minimum i
 
 
 class Operators(Protocol):
-    """Many symmetric operators; applying them maps (k, n) → (k, n)."""
+    """Many symmetric operators; applying them maps (k, n) → new images (k, n)."""
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """One vector an operator, in its row, to the images."""
@@ -43,7 +43,7 @@ class _Padded:
 
     def __call__(self, vectors: Tensor) -> Tensor:
         if self.rows is None:
-            return self.product(vectors)
+            return self.product(vectors).clone()  # it may return what it was given
         full = vectors.new_zeros(self.m, vectors.shape[1]).index_copy_(0, self.rows, vectors)
         return self.product(full)[self.rows]
 
@@ -74,7 +74,7 @@ class Scaled:
         images = self.raw(vectors)
         if not self.calibrated:
             self.calibrate(images)
-        return images / self.unit
+        return images.div_(self.unit)
 
     def raw(self, vectors: Tensor) -> Tensor:
         """The images as they are."""

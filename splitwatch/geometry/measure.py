@@ -133,8 +133,9 @@ class EscapeOperator:
     def __call__(self, pair: Tensor) -> Tensor:
         """M (u, v)."""
         u, v = pair.split([self.curvature.d, self.curvature.c], dim=1)
-        top, bottom = self.curvature.joint(u, self.across(v), self.kappa, self.gamma)
-        return torch.cat([top, self.across(bottom)], dim=1)
+        images = self.curvature.joint(u, self.across(v), self.kappa, self.gamma)
+        images[:, self.curvature.d :] = self.across(images[:, self.curvature.d :])
+        return images
 
     def start(self, u: Tensor) -> Tensor:
         """A guess at the lowest eigenvectors from those of S, (k, d) → (k, d + c): v parts as γ G u says."""

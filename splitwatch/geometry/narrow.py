@@ -159,10 +159,13 @@ class LossCurvature:
         batches = self.probe.half(half)
         total = None
         for batch, share in zip(batches, shares(batches), strict=True):
-            value = of(self._slope(batch)).detach().to(dtype)
-            total = value * share if total is None else total.add_(value, alpha=share)
+            value, factor = of(self._slope(batch)).detach().to(dtype), share * self.weights[half]
+            if total is not None:
+                total.add_(value, alpha=factor)
+            else:
+                total = value if factor == 1 else value * factor
         assert total is not None
-        return summed(total.mul_(self.weights[half]))
+        return summed(total)
 
     def _slope(self, batch: Batch) -> Tensor:
         """One batch's gradient with the graph that leads to it, kept while there is room."""
