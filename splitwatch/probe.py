@@ -87,9 +87,25 @@ class Probe:
             SplitWatchError: the loss is not a scalar, or not ``finite`` where it has to be.
         """
         batches = self.half(half)
+        return sum(
+            value * share for value, share in zip(self._losses(model, batches, finite), shares(batches), strict=True)
+        )
+
+    def losses(
+        self, model: nn.Module, half: str = "all", *, finite: bool = True, at_least: int = 8
+    ) -> tuple[Tensor, Tensor]:
+        """Mean losses of parts of a half and the parts' shares of its samples, both (parts,); errors as for ``loss``.
+
+        Batches are cut where there are fewer than ``at_least``, as far as their samples allow.
+        """
+        batches = self.half(half)
+        pieces = [piece for batch in batches for piece in cut(batch, -(-at_least // len(batches)))]
+        values = torch.tensor(self._losses(model, pieces, finite), dtype=torch.float64)
+        return values, torch.tensor(shares(pieces), dtype=torch.float64)
+
+    def _losses(self, model: nn.Module, batches: Sequence[Batch], finite: bool) -> list[float]:
         with undisturbed(model), torch.no_grad():
-            losses = [float(self._checked(self._run(model, batch), finite).double()) for batch in batches]
-        return sum(value * share for value, share in zip(losses, shares(batches), strict=True))
+            return [float(self._checked(self._run(model, batch), finite).double()) for batch in batches]
 
     def gradients(self, model: nn.Module, at_least: int = 8) -> Iterator[tuple[Tensor, int]]:
         """The gradient on every batch, flat over the trainable parameters, with the batch's size.

@@ -202,13 +202,19 @@ class Split:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sprout:
-    """A new neuron (a copy with coefficient zero): ``incoming`` (d,) and ``outgoing`` (c,) weights are free."""
+    """A new neuron (a copy with coefficient zero): ``incoming`` (d,) and ``outgoing`` (c,) weights are free.
+
+    ``others`` (m, c) is added to the existing neurons' outgoing weights and ``biases`` to those of the consumers that
+    have some, one after the other, where the neuron is to bring only what is new in its features.
+    """
 
     layer: str
     incoming: Tensor
     outgoing: Tensor
     predicted_decrease: float = 0.0
     reason: str = ""
+    others: Tensor | None = None
+    biases: Tensor | None = None
 
     @property
     def added(self) -> int:
@@ -225,7 +231,8 @@ class GrowthPlan:
 
     ``predicted_decrease`` is second order; ``fitted_decrease`` and ``held_out_decrease`` are differences of the probe
     loss at the chosen finite offset; ``offset`` is that offset relative to the size of each neuron's weights;
-    ``line_search`` lists the (offset, decrease on the fitted half) pairs tried.
+    ``line_search`` lists the (offset, decrease on the fitted half) pairs tried. ``step`` and ``step_search`` are the
+    same for sprouts, in multiples of the outgoing weights that a quadratic model of the loss asks for.
     """
 
     layers: tuple[HiddenLayer, ...]
@@ -236,13 +243,16 @@ class GrowthPlan:
     fitted_decrease: float = 0.0
     held_out_decrease: float = 0.0
     line_search: tuple[tuple[float, float], ...] = ()
+    step: float = 0.0
+    step_search: tuple[tuple[float, float], ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.moves)
 
     def __str__(self) -> str:
-        rows = {
-            "offset": f"{self.offset:g} × weight norm",
+        rows = {"offset": f"{self.offset:g} × weight norm"} if self.offset or not self.step else {}
+        rows |= {"step of the sprouts": f"{self.step:g}"} if self.step else {}
+        rows |= {
             "predicted decrease (second order)": f"{self.predicted_decrease:.4e}",
             "decrease on the fitted half": f"{self.fitted_decrease:.4e}",
             "decrease on the held-out half": f"{self.held_out_decrease:.4e}",
