@@ -1,8 +1,9 @@
 """Splits against sprouts, mixtures and random new neurons at a plateau: teacher regressions and handwritten digits.
 
-A narrow student is trained to a plateau by L-BFGS, grown once by every method to the same width, and trained on with
-300 steps of Adam. Each cell is the loss at growth / exp of the mean log loss over the steps / the final loss, divided by
-the plateau's loss: geometric means over seeds. Run: python benchmarks/pursuit.py [seeds]
+A narrow student is trained to a plateau by L-BFGS, grown once by every method by as many neurons, and trained on with
+300 steps of Adam. Each cell is the loss at growth / exp of the mean log loss over the steps / the final loss, divided
+by the plateau's loss: geometric means over seeds. Where a method finds that growth would not help, training goes on
+without. Run: python benchmarks/pursuit.py [seeds] [-v]
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from splitwatch.growth.policy import GrowthPolicy
 from splitwatch.growth.pursuit import Seedlings, proposals, pursue, sized
 from splitwatch.growth.search import NO_ROOM, parameter_limit, rejected, searched, within_budget
 from splitwatch.probe import Probe
-from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, Split, Sprout, UnsupportedLayerError
+from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, Split, Sprout
 
 Move = Split | Sprout
 
@@ -49,10 +49,11 @@ def mix(
         for name, moves in variants.items()
         if moves
     }
-    return _chosen(model, plans, probe) if plans else GrowthPlan(layers, (), NO_ROOM if not items else _NOTHING)
-
-
-_NOTHING = "growth would not help here: no neuron descends and no new one explains what the loss still wants"
+    if plans:
+        return _chosen(model, plans, probe)
+    nothing = "growth would not help here: no new neuron is possible that explains a slope of the loss"
+    none = NO_ROOM if items or policy.max_neurons == 0 else nothing if splits.moves else splits.reason
+    return GrowthPlan(layers, (), none)
 
 
 def _equal_size(model: nn.Module, splits: GrowthPlan, policy: GrowthPolicy) -> GrowthPolicy:
@@ -72,15 +73,11 @@ def _pursued(
     probe: Probe,
     policy: GrowthPolicy,
 ) -> list[Seedlings]:
-    """New neurons for every layer that can hold some."""
-    found = []
-    for layer in layers if policy.max_neurons else ():
-        try:
-            of = geometry.get(layer.name)
-            found.append(pursue(model, layer, probe, policy.max_neurons or 0, of, max_bytes=policy.max_bytes))
-        except UnsupportedLayerError:
-            continue
-    return found
+    """New neurons for every layer that can hold some; a depthwise convolution would need a kernel for each."""
+    able = [layer for layer in layers if not any("conv" in operation for operation in layer.operations)]
+    wanted = policy.max_neurons or 0
+    found = (pursue(model, x, probe, wanted, geometry.get(x.name), max_bytes=policy.max_bytes) for x in able)
+    return list(found) if wanted else []
 
 
 def _sprouts(model: nn.Module, found: Sequence[Seedlings], order: Sequence[Sprout], probe: Probe) -> tuple[Sprout, ...]:

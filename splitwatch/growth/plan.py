@@ -27,12 +27,14 @@ def plan_growth(
     *,
     layers: Sequence[HiddenLayer] | None = None,
 ) -> GrowthPlan:
-    """Choose which neurons to split, into which coefficients, along which directions and how far.
+    """Choose which neurons to split, into which coefficients, along which directions and how far, or which to add.
 
     Every neuron proposes its best split by second order (predicted change ½ ε² λ_min of the escape operator); those
     that descend on the held-out half too compete for the budget by predicted decrease per parameter. One relative
     offset for all is found by line search on the fitted half and must pay on the held-out half. Signed coefficients
-    cost later training, so "auto" turns to them only where equal ones let no neuron descend.
+    cost later training, so "auto" turns to them only where equal ones let no neuron descend. With ``policy.moves``
+    "mixed" a plan of as many sprouts (``growth.pursuit``) and one of half of each compete with the splits on the
+    held-out half.
 
     Args:
         model: the network, left as it was.
@@ -59,11 +61,12 @@ def plan_growth(
         if confirmed:
             break
     moves = within_budget(model, layers, confirmed, policy)
-    plan = GrowthPlan(layers, moves, f"{len(moves)} of {len(candidates)} neurons split")
+    reason = f"{len(moves)} of {len(candidates)} neurons split" if confirmed else _why_none(candidates)
+    plan = GrowthPlan(layers, moves, reason)
     if policy.moves != "splits":
         return mix(model, plan, geometry, probe, policy)
     if not confirmed:
-        return GrowthPlan(layers, (), _why_none(candidates))
+        return plan
     return confirmed_plan(model, searched(model, plan, probe), probe) if moves else replace(plan, reason=NO_ROOM)
 
 

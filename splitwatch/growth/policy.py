@@ -21,8 +21,8 @@ class GrowthPolicy:
         max_events: growth events in one run.
         coefficients: "auto" splits equally, and by signed coefficients where equal ones let no neuron descend; "equal",
             "signed"; or the coefficients themselves, k numbers that sum to 1.
-        moves: "splits" of neurons; "sprouts", new neurons found by residual pursuit; or "mixed", splits, sprouts or half
-            of each, whichever decreases the loss most on the held-out half.
+        moves: "splits" of neurons; "sprouts", new neurons found by residual pursuit; or "mixed", splits, as many
+            sprouts, or half of each, whichever decreases the loss most on the held-out half.
         cap: bound on Σ|λ| of signed coefficients; long negative coefficients lead to ever sharper regions.
         window: training steps the detector looks back over; also the least distance between two measurements.
         tolerance: improvement over a window, relative to the loss scale, that still counts as none.
@@ -43,7 +43,7 @@ class GrowthPolicy:
     max_ratio: float | None = 2.0
     max_events: int | None = None
     coefficients: str | Sequence[float] = "auto"
-    moves: str = "splits"
+    moves: str = "mixed"
     cap: float = 3.0
     window: int = 200
     tolerance: float = 0.01

@@ -1,10 +1,11 @@
 """Residual pursuit: new neurons whose features explain most of what the loss still wants from a layer.
 
 Candidates are scored by ‖g‖²/‖φ⊥‖², the best are improved by gradient ascent, then chosen one after the other, each
-against what those before it leave (orthogonal matching pursuit, Pati et al. 1993; for networks Evci et al. 2022, "GradMax",
-and Verbockhaven et al. 2024, "TINY", whose candidates are linear in the layer's input). Their outgoing weights V
-minimise the quadratic model g·V + ½ VᵀQV with the features' Gram matrix Q; the loss's exact second derivative along V
-sets the length, so that the model is exact for a linear read-out under the squared error.
+against what those before it leave (orthogonal matching pursuit, Pati, Rezaiifar & Krishnaprasad 1993). Their outgoing
+weights V minimise g·V + ½ VᵀQV with the new features' Gram matrix Q; the loss's exact second derivative along V, with
+what V changes in the existing weights, sets the length, so that the model is exact for a linear read-out under the
+squared error. Related: GradMax (Evci et al. 2022) and TINY (Verbockhaven et al. 2024) choose new neurons by the same
+residual, from what is linear in the layer's input.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from splitwatch.geometry.narrow import LossCurvature
 from splitwatch.growth.grow import widened
 from splitwatch.growth.search import Candidate, scale
 from splitwatch.growth.seedbed import THRESHOLD, Measured, Seedbed
-from splitwatch.precision import in_full_precision
+from splitwatch.precision import full_precision
 from splitwatch.probe import Probe
 from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, Sprout
 
@@ -71,7 +72,6 @@ class Seedlings:
         return tuple(moves)
 
 
-@in_full_precision
 def pursue(
     model: nn.Module,
     layer: HiddenLayer,
@@ -101,10 +101,11 @@ def pursue(
     """
     count = min(max(POOL, 2 * wanted), MOST, max(1, wanted, _room(model, layer, probe, max_bytes)))
     bed = Seedbed(model, layer, probe, count, max_bytes)
-    w = candidates(bed, geometry, seed)
-    kept, _ = select(found := bed.measure(w), 4 * wanted)
-    w = ascend(bed, w[kept], found.scores[kept])
-    kept, explained = select(found := bed.measure(w), wanted)
+    with full_precision():
+        w = candidates(bed, geometry, seed)
+        kept, _ = select(found := bed.measure(w), 4 * wanted)
+        w = ascend(bed, w[kept], found.scores[kept])
+        kept, explained = select(found := bed.measure(w), wanted)
     return Seedlings(bed, w[kept], found.of(kept), explained)
 
 
@@ -173,7 +174,6 @@ def select(measured: Measured, count: int) -> tuple[Tensor, Tensor]:
     return index, torch.stack(explained) if explained else gain.new_zeros(0)
 
 
-@in_full_precision
 def sized(model: nn.Module, layers: Sequence[HiddenLayer], moves: Sequence[Sprout], probe: Probe) -> tuple[Sprout, ...]:
     """Sprouts at the lowest point of the loss's parabola along their joint outgoing weights.
 
@@ -200,13 +200,11 @@ def sized(model: nn.Module, layers: Sequence[HiddenLayer], moves: Sequence[Sprou
 
 
 def _curvature(model: nn.Module, plan: GrowthPlan, probe: Probe) -> float:
-    """DᵀHd of the fitted loss along the outgoing weights of a plan's sprouts; zero where it has no second derivative."""
-    with widened(model, plan), torch.no_grad():
-        wide = [p.detach().clone() for p in model.parameters() if p.requires_grad]
-    with widened(model, plan, offsets=False):
-        direction = parameters_to_vector(wide) - parameters_to_vector(
-            [p.detach() for p in model.parameters() if p.requires_grad]
-        )
+    """Second derivative of the fitted loss along what a plan's sprouts change; zero where autograd knows none."""
+    with widened(model, plan), full_precision(model):
+        wide = _trainable(model)
+    with widened(model, plan, offsets=False), full_precision(model):
+        direction = wide - _trainable(model)
         try:
             product = LossCurvature(model, probe).product(direction[None].double(), "fitted")[0]
         except RuntimeError as error:
@@ -214,6 +212,10 @@ def _curvature(model: nn.Module, plan: GrowthPlan, probe: Probe) -> float:
                 raise
             return 0.0
         return float(direction.double() @ product)
+
+
+def _trainable(model: nn.Module) -> Tensor:
+    return parameters_to_vector(p.detach() for p in model.parameters() if p.requires_grad)
 
 
 def proposals(model: nn.Module, found: Sequence[Seedlings], probe: Probe) -> list[Candidate]:

@@ -83,8 +83,12 @@ def scale(move: Sprout, step: float) -> Sprout:
 
 
 def advance(move: Sprout, step: float) -> Sprout:
-    """A sprout at a multiple of its step; its prediction follows a parabola with the top at one."""
-    return replace(scale(move, step), predicted_decrease=move.predicted_decrease * step * (2 - step))
+    """A sprout at a multiple of its step.
+
+    Its prediction follows a parabola up to the top, at one; of a longer step the parabola has nothing more to promise.
+    """
+    part = min(step, 1.0)
+    return replace(scale(move, step), predicted_decrease=move.predicted_decrease * part * (2 - part))
 
 
 def searched(model: nn.Module, plan: GrowthPlan, probe: Probe) -> GrowthPlan:

@@ -171,7 +171,7 @@ class Seedbed:
         return torch.cat(parts, dim=1)
 
     def rebalance(self, combination: Tensor, outgoing: Tensor) -> tuple[Tensor, Tensor]:
-        """Changes of the existing outgoing weights (m, c) and of the consumers' biases (all outputs,) that take φ − φ⊥ out.
+        """Changes of existing outgoing weights (m, c) and of the consumers' biases (outputs,) that take φ − φ⊥ out.
 
         Args:
             combination: of one new neuron, (b,).
