@@ -15,7 +15,7 @@ from splitwatch.growth import mixture, pursuit
 from splitwatch.growth.grow import count_parameters, widened
 from splitwatch.growth.pursuit import ascend, candidates, pursue, select, sized
 from splitwatch.growth.search import searched
-from splitwatch.growth.seedbed import THRESHOLD, Seedbed
+from splitwatch.growth.seedbed import THRESHOLD, Seedbed, rebalance
 from splitwatch.records import GrowthPlan, Split, Sprout, UnsupportedLayerError
 
 torch.set_num_threads(1)
@@ -80,7 +80,7 @@ def test_gains_are_the_slopes_of_the_loss(name, layer_name):
         for i in {0, bed.c // 2, bed.c - 1}:
             unit = torch.zeros(bed.c, dtype=torch.float64)
             unit[i] = 1.0
-            others, biases = bed.rebalance(measured.combination[:, k], unit)
+            others, biases = rebalance(bed.readers, measured.combination[:, k], unit)
             move = Sprout(layer.name, w[k], unit, others=others, biases=biases)
             losses = []
             for size in (1e-5, -1e-5):

@@ -20,7 +20,7 @@ from torch.nn.utils import parameters_to_vector
 from splitwatch.geometry.narrow import LossCurvature
 from splitwatch.growth.grow import widened
 from splitwatch.growth.search import Candidate, scale
-from splitwatch.growth.seedbed import THRESHOLD, Measured, Seedbed
+from splitwatch.growth.seedbed import THRESHOLD, Measured, Reader, Seedbed, rebalance
 from splitwatch.precision import full_precision
 from splitwatch.probe import Probe
 from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, Sprout
@@ -38,23 +38,20 @@ _GRAPH = 6  # tensors that a graph holds for each of its ends
 class Seedlings:
     """Chosen neurons of one layer, best first: incoming weights (n, d), and what was measured of them.
 
-    ``explained`` (n,) is what each adds to ‖g‖²/‖φ⊥‖².
+    ``explained`` (n,) is what each adds to ‖g‖²/‖φ⊥‖²; ``readers`` are the layer's consumers.
     """
 
-    bed: Seedbed
+    layer: HiddenLayer
+    readers: tuple[Reader, ...]
     incoming: Tensor
     measured: Measured
     explained: Tensor
 
-    @property
-    def layer(self) -> HiddenLayer:
-        """Where they belong."""
-        return self.bed.layer
-
     def first(self, count: int) -> Seedlings:
         """The best of them."""
         at = torch.arange(min(count, len(self.incoming)), device=self.incoming.device)
-        return Seedlings(self.bed, self.incoming[at], self.measured.of(at), self.explained[at])
+        some = {"incoming": self.incoming[at], "measured": self.measured.of(at), "explained": self.explained[at]}
+        return replace(self, **some)
 
     def sprouts(self) -> tuple[Sprout, ...]:
         """The neurons with outgoing weights −Q⁻¹g, up to the scale of the loss; predictions are ½ −g·v there."""
@@ -66,7 +63,7 @@ class Seedlings:
         outgoing = -torch.linalg.solve(left / size / size.T + ridge, gain / size) / size
         moves = []
         for w, v, g, a in zip(self.incoming, outgoing, gain, self.measured.combination.T, strict=True):
-            changes = [change.to(w).cpu() for change in (v, *self.bed.rebalance(a, v))]
+            changes = [change.to(w).cpu() for change in (v, *rebalance(self.readers, a, v))]
             fall = -0.5 * float(g @ v)
             moves.append(Sprout(self.layer.name, w.cpu(), changes[0], fall, "", changes[1], changes[2]))
         return tuple(moves)
@@ -106,7 +103,7 @@ def pursue(
         kept, _ = select(found := bed.measure(w), 4 * wanted)
         w = ascend(bed, w[kept], found.scores[kept])
         kept, explained = select(found := bed.measure(w), wanted)
-    return Seedlings(bed, w[kept], found.of(kept), explained)
+    return Seedlings(layer, bed.readers, w[kept], found.of(kept), explained)
 
 
 def _room(model: nn.Module, layer: HiddenLayer, probe: Probe, max_bytes: int) -> int:

@@ -80,6 +80,30 @@ class _Bed:
         return sum(x.nbytes for x in (*kept, *maps))
 
 
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """A consumer's share of a neuron's outgoing weights: their number, its outputs, whether it has a bias."""
+
+    size: int
+    outputs: int
+    has_bias: bool
+
+
+def rebalance(readers: Sequence[Reader], combination: Tensor, outgoing: Tensor) -> tuple[Tensor, Tensor]:
+    """Changes of existing outgoing weights (m, c) and of the consumers' biases (outputs,) that take φ − φ⊥ out.
+
+    Args:
+        readers: the layer's consumers.
+        combination: how existing neurons and the consumers' biases make φ − φ⊥ of one new neuron, (m + biases,).
+        outgoing: the new neuron's outgoing weights, (c,).
+    """
+    biased = sum(reader.has_bias for reader in readers)
+    neurons, constants = combination[: len(combination) - biased], iter(combination[len(combination) - biased :])
+    parts = zip(readers, outgoing.split([reader.size for reader in readers]), strict=True)
+    biases = [-next(constants) * part.reshape(x.outputs, -1).sum(1) for x, part in parts if x.has_bias]
+    return -torch.outer(neurons, outgoing), torch.cat([outgoing[:0], *biases])
+
+
 class Seedbed:
     """A layer with room for k new neurons.
 
@@ -106,6 +130,9 @@ class Seedbed:
                 self.beds.append(self._bed(traces[layer.name]))
                 if sum(bed.nbytes for bed in self.beds) * (1 + 1 / len(self.beds)) > max_bytes:
                     break
+        maps = zip(layer.consumers, self.beds[0].trace.consumers, strict=True)
+        shapes = [(where.stride, x.weight_shape, x.has_bias) for where, x in maps]
+        self.readers = tuple(Reader(n * shape[0] * shape[2:].numel(), shape[0], bias) for n, shape, bias in shapes)
         seen = sum(bed.share for bed in self.beds)
         self.beds = [replace(bed, share=bed.share / seen) for bed in self.beds]
         gram = sum(_weight(bed) * bed.features.double().T @ bed.features.double() for bed in self.beds)
@@ -169,22 +196,6 @@ class Seedbed:
                 part[:, -1] -= factor[:, 0] * z[at, torch.arange(len(w))]
             parts.append(part)
         return torch.cat(parts, dim=1)
-
-    def rebalance(self, combination: Tensor, outgoing: Tensor) -> tuple[Tensor, Tensor]:
-        """Changes of existing outgoing weights (m, c) and of the consumers' biases (outputs,) that take φ − φ⊥ out.
-
-        Args:
-            combination: of one new neuron, (b,).
-            outgoing: its outgoing weights, (c,).
-        """
-        m, trace = self.layer.width, self.beds[0].trace
-        parts, biases = [], iter(combination[m:])
-        readers = zip(trace.layer.consumers, trace.consumers, strict=True)
-        sizes = [where.stride * x.weight_shape[0] * x.weight_shape[2:].numel() for where, x in readers]
-        for part, consumer in zip(outgoing.split(sizes), trace.consumers, strict=True):
-            if consumer.has_bias:
-                parts.append(-next(biases) * part.reshape(consumer.weight_shape[0], -1).sum(1))
-        return -torch.outer(combination[:m], outgoing), torch.cat([outgoing[:0], *parts])
 
     def _bed(self, trace: LayerTrace) -> _Bed:
         """What is kept of one batch."""
