@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import inf, isfinite
 
 from torch import Tensor, nn
 
@@ -110,7 +111,7 @@ def _chosen(model: nn.Module, plans: Mapping[str, GrowthPlan], probe: Probe) -> 
         with widened(model, plan):
             gains[name] = start - probe.losses(model, "held_out", finite=False)[0]
     means = {name: float(weights @ gain) if plans[name].fitted_decrease > 0 else 0.0 for name, gain in gains.items()}
-    best = max(means, key=lambda name: means[name])
+    best = max(means, key=lambda name: means[name] if isfinite(means[name]) else -inf)
     plan = plans[best]
     told = ", ".join(f"{name} {means[name]:.2e}{_error(gains, weights, name, best)}" for name in plans)
     if not means[best] > 0:
