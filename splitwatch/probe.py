@@ -89,11 +89,27 @@ class Probe:
             SplitWatchError: the loss is not a scalar, or not ``finite`` where it has to be.
         """
         batches = self.half(half)
-        with undisturbed(model), torch.no_grad():
-            losses = [float(self._scalar(self._run(model, batch)).double()) for batch in batches]
-        mean = sum(value * share for value, share in zip(losses, shares(batches), strict=True))
-        mean = summed_number(mean * share_of(self.samples(half)))
+        losses = zip(self._losses(model, batches), shares(batches), strict=True)
+        mean = summed_number(sum(loss * share for loss, share in losses) * share_of(self.samples(half)))
         return self._finite(mean) if finite else mean  # asked of the sum, which ends every rank alike
+
+    def losses(
+        self, model: nn.Module, half: str = "all", *, finite: bool = True, at_least: int = 8
+    ) -> tuple[Tensor, Tensor]:
+        """Mean losses of parts of a half and the parts' shares of its samples, both (parts,); errors as for ``loss``.
+
+        Batches are cut where there are fewer than ``at_least``, as far as their samples allow.
+        """
+        batches = self.half(half)
+        pieces = [piece for batch in batches for piece in cut(batch, -(-at_least // len(batches)))]
+        values = torch.tensor(self._losses(model, pieces), dtype=torch.float64)
+        if finite:
+            self._finite(float(values.sum()))
+        return values, torch.tensor(shares(pieces), dtype=torch.float64)
+
+    def _losses(self, model: nn.Module, batches: Sequence[Batch]) -> list[float]:
+        with undisturbed(model), torch.no_grad():
+            return [float(self._scalar(self._run(model, batch)).double()) for batch in batches]
 
     def gradients(self, model: nn.Module, at_least: int = 8) -> Iterator[tuple[Tensor, int]]:
         """The gradient on every batch, flat over the trainable parameters, with the batch's size.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -142,13 +143,12 @@ class LayerGeometry:
         return {name: float(members.double().mean()) for name, members in classes.items()}
 
     def __str__(self) -> str:
-        share = ", ".join(f"{value:.0%} {name}" for name, value in self.shares.items())
         rows = {
             "smallest eigenvalue": f"{float(self.min_eigenvalue.min()):+.3e}",
             "largest eigenvalue": f"{float(self.max_eigenvalue.max()):+.3e}",
             "coupling norm (median)": f"{float(self.coupling_norm.median()):.3e}",
             "best escape": f"{float(self.escape_eigenvalue.min()):+.3e}",
-            "inner Hessians": share,
+            "inner Hessians": ", ".join(f"{value:.0%} {name}" for name, value in self.shares.items()),
         }
         for column, sign in enumerate("⪰⪯"):
             if bool(self.proven[:, column].any()):
@@ -202,18 +202,19 @@ class Split:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sprout:
-    """A new neuron (a copy with coefficient zero): ``incoming`` (d,) and ``outgoing`` (c,) weights are free."""
+    """A new neuron (a copy with coefficient zero): ``incoming`` (d,) and ``outgoing`` (c,) weights are free.
+
+    ``others`` (m, c) and ``biases`` are added to existing outgoing weights and, in order, to the consumers' biases.
+    """
 
     layer: str
     incoming: Tensor
     outgoing: Tensor
     predicted_decrease: float = 0.0
     reason: str = ""
-
-    @property
-    def added(self) -> int:
-        """Number of neurons the move adds."""
-        return 1
+    others: Tensor | None = None
+    biases: Tensor | None = None
+    added: ClassVar[int] = 1
 
     def __str__(self) -> str:
         return f"sprout in {self.layer}: {self.reason}"
@@ -224,8 +225,8 @@ class GrowthPlan:
     """Moves to make, and what was measured of them on both halves of the probe before anything was changed.
 
     ``predicted_decrease`` is second order; ``fitted_decrease`` and ``held_out_decrease`` are differences of the probe
-    loss at the chosen finite offset; ``offset`` is that offset relative to the size of each neuron's weights;
-    ``line_search`` lists the (offset, decrease on the fitted half) pairs tried.
+    loss at the chosen finite size: ``offset`` relative to each split neuron's weights, ``step`` in multiples of what a
+    quadratic model asks of sprouts. ``line_search`` and ``step_search`` list (size, decrease on the fitted half).
     """
 
     layers: tuple[HiddenLayer, ...]
@@ -236,17 +237,18 @@ class GrowthPlan:
     fitted_decrease: float = 0.0
     held_out_decrease: float = 0.0
     line_search: tuple[tuple[float, float], ...] = ()
+    step: float = 0.0
+    step_search: tuple[tuple[float, float], ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.moves)
 
     def __str__(self) -> str:
-        rows = {
-            "offset": f"{self.offset:g} × weight norm",
-            "predicted decrease (second order)": f"{self.predicted_decrease:.4e}",
-            "decrease on the fitted half": f"{self.fitted_decrease:.4e}",
-            "decrease on the held-out half": f"{self.held_out_decrease:.4e}",
-        }
+        sizes = (("offset / weight norm", self.offset), ("step of the sprouts", self.step))
+        rows = {name: f"{size:g}" for name, size in sizes if size}
+        decreases = self.predicted_decrease, self.fitted_decrease, self.held_out_decrease
+        names = "predicted decrease (second order)", "decrease on the fitted half", "decrease on the held-out half"
+        rows |= {name: f"{value:.4e}" for name, value in zip(names, decreases, strict=True)}
         added = sum(move.added for move in self.moves)
         head = _table(f"{added} new neurons: {self.reason}", rows if self.moves else {})
         return "\n".join([head, *(f"  · {move}" for move in self.moves)])
@@ -295,5 +297,4 @@ class GrowthEvent:
         rows |= {f"caveat {i}": words for i, words in enumerate(self.caveats, 1)}
         rows["seconds"] = ", ".join(f"{stage} {value:.2f}" for stage, value in self.seconds.items())
         rows |= {"monitoring so far": f"{self.overhead:.2%} of training time"} if self.overhead >= 0 else {}
-        action = "grew" if self.grown else "measured"
-        return _table(f"step {self.step}: {action}: {self.plan.reason}", rows)
+        return _table(f"step {self.step}: {'grew' if self.grown else 'measured'}: {self.plan.reason}", rows)

@@ -64,7 +64,7 @@ def test_the_event_repeats_what_the_plan_measured(grown):
     assert event.realised_held_out == pytest.approx(event.plan.held_out_decrease, rel=1e-4, abs=1e-8)
     assert event.drift <= 1e-6
     assert {"gradient test", "geometry", "plan", "diagnosis", "growth"} == set(event.seconds)
-    assert str(event.plan.moves[0].neuron) in str(event.plan)
+    assert all(str(move) in str(event.plan) for move in event.plan.moves)
     assert "0 " in str(event) or "width of 0" in str(event)
 
 

@@ -182,7 +182,7 @@ def test_adjacent_layers_add_up():
 def test_the_event_says_what_the_plan_measured(name):
     """A plan's decreases are those of the model that it makes, and near the second-order one at small offsets."""
     model, probe = ZOO[name].make(samples=12)
-    plan = plan_growth(model, measure_geometry(model, probe), probe, GrowthPolicy(max_neurons=2))
+    plan = plan_growth(model, measure_geometry(model, probe), probe, GrowthPolicy(max_neurons=2, moves="splits"))
     if not plan:
         assert "would not help" in plan.reason
         return
@@ -895,7 +895,7 @@ def test_the_escape_is_real(m, activation, output_bias, start):
     geometry = measure_geometry(model, probe)
     assert geometry["0"].min_eigenvalue[neuron] > 0
     for choice in ("auto", "signed") if m == 1 else ("signed",):  # a second neuron may escape in equal shares
-        plan = plan_growth(model, geometry, probe, GrowthPolicy(max_ratio=None, coefficients=choice))
+        plan = plan_growth(model, geometry, probe, GrowthPolicy(max_ratio=None, coefficients=choice, moves="splits"))
         assert plan, plan.reason
         move = next(move for move in plan.moves if move.neuron == neuron)
         assert min(move.coefficients) < 0
@@ -913,7 +913,7 @@ def test_the_escape_is_real(m, activation, output_bias, start):
 def test_equal_coefficients_alone_find_no_way_down_there():
     model, batch, _ = positive_minimum(1, nn.Tanh, False, 3)
     probe = Probe([batch, batch], mse)
-    plan = plan_growth(model, measure_geometry(model, probe), probe, GrowthPolicy(coefficients="equal"))
+    plan = plan_growth(model, measure_geometry(model, probe), probe, GrowthPolicy(coefficients="equal", moves="splits"))
     assert not plan
     assert "growth would not help here" in plan.reason
 

@@ -321,11 +321,12 @@ def test_any_line_search_can_be_drawn(plan, tmp_path):
     assert ("second order" in labels) == bool(plan.offset)
 
 
-def test_second_order_passes_through_the_prediction():
+def test_second_order_passes_through_the_prediction_of_the_splits():
     plan = grown_event().plan
+    split, _ = plan.moves
     curve = next(line for line in line_search_figure(plan).axes[0].lines if line.get_label() == "second order")
     x, y = torch.tensor(curve.get_xdata()), torch.tensor(curve.get_ydata())
-    torch.testing.assert_close(y, plan.predicted_decrease * (x / plan.offset) ** 2)
+    torch.testing.assert_close(y, split.predicted_decrease * (x / plan.offset) ** 2)
 
 
 def test_infinite_intervals_are_drawn_without_a_band(tmp_path):

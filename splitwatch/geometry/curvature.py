@@ -48,11 +48,7 @@ class InnerCurvature:
 
     def lift(self, u: Tensor) -> tuple[Tensor, ...]:
         """Incoming directions (m, d) → their effect on the pre-activations."""
-        maps, parts = self.trace.producers, []
-        for producer, part in zip(maps, u.split(self.in_sizes, dim=1), strict=True):
-            weight = part[:, : producer.weight_shape[1:].numel()].reshape(len(u), *producer.weight_shape[1:])
-            parts.append(producer(weight, part[:, -1].contiguous() if producer.has_bias else None))
-        return tuple(parts)
+        return lift(self.trace, u)
 
     def drop(self, t: Sequence[Tensor]) -> Tensor:
         """The adjoint of ``lift``: pre-activations → (m, d)."""
@@ -116,7 +112,7 @@ class InnerCurvature:
     @property
     def in_sizes(self) -> list[int]:
         """Incoming weights of one neuron, by producer."""
-        return [p.weight_shape[1:].numel() + p.has_bias for p in self.trace.producers]
+        return incoming_sizes(self.trace)
 
     @property
     def out_sizes(self) -> list[int]:
@@ -158,6 +154,20 @@ class InnerCurvature:
         rows, size = q.movedim(axis, -1), self.trace.size
         grouped = rows.reshape(size, -1, rows.shape[-1]) if rows.shape[0] % size == 0 else rows.flatten(0, -2)[:, None]
         return grouped.sum(1) * (grouped.shape[0] / size)
+
+
+def incoming_sizes(trace: LayerTrace) -> list[int]:
+    """Incoming weights of one neuron, by producer."""
+    return [p.weight_shape[1:].numel() + p.has_bias for p in trace.producers]
+
+
+def lift(trace: LayerTrace, u: Tensor) -> tuple[Tensor, ...]:
+    """Incoming directions (k, d) of any number of neurons → their effect on the pre-activations, k channels each."""
+    parts = []
+    for producer, part in zip(trace.producers, u.split(incoming_sizes(trace), dim=1), strict=True):
+        weight = part[:, : producer.weight_shape[1:].numel()].reshape(len(u), *producer.weight_shape[1:])
+        parts.append(producer(weight, part[:, -1].contiguous() if producer.has_bias else None))
+    return tuple(parts)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

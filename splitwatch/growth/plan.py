@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,31 +11,12 @@ from torch import Tensor, nn
 from splitwatch.geometry.measure import EQUAL
 from splitwatch.geometry.plateau import splitting_modes
 from splitwatch.geometry.weights import neuron_weights
-from splitwatch.growth.grow import count_parameters, widened
+from splitwatch.growth.mixture import mix
 from splitwatch.growth.policy import GrowthPolicy
+from splitwatch.growth.search import NO_ROOM, Candidate, confirmed_plan, searched, stretch, within_budget
 from splitwatch.layers import find_hidden_layers, select_layers
 from splitwatch.probe import Probe
 from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, Split, SplitWatchError
-
-OFFSETS = tuple(2.0**power for power in range(-9, 2))
-"""Offsets tried in the line search, relative to the norm of a neuron's weights."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Candidate:
-    """A split at offset 1 (the neuron's own weight norm), its second-order decrease there, its cost in parameters.
-
-    ``confirmed`` says whether it descends on the fitted half beyond rounding, and on the held-out half too.
-    """
-
-    move: Split
-    cost: int
-    confirmed: bool
-
-    @property
-    def score(self) -> float:
-        """Predicted decrease per parameter."""
-        return self.move.predicted_decrease / self.cost
 
 
 def plan_growth(
@@ -47,12 +27,14 @@ def plan_growth(
     *,
     layers: Sequence[HiddenLayer] | None = None,
 ) -> GrowthPlan:
-    """Choose which neurons to split, into which coefficients, along which directions and how far.
+    """Choose which neurons to split, into which coefficients, along which directions and how far, or which to add.
 
     Every neuron proposes its best split by second order (predicted change ½ ε² λ_min of the escape operator); those
     that descend on the held-out half too compete for the budget by predicted decrease per parameter. One relative
     offset for all is found by line search on the fitted half and must pay on the held-out half. Signed coefficients
-    cost later training, so "auto" turns to them only where equal ones let no neuron descend.
+    cost later training, so "auto" turns to them only where equal ones let no neuron descend. With ``policy.moves``
+    "mixed" a plan of as many sprouts (``growth.pursuit``) and one of half of each compete with the splits on the
+    held-out half.
 
     Args:
         model: the network, left as it was.
@@ -78,13 +60,14 @@ def plan_growth(
         confirmed = [item for item in candidates if item.confirmed]
         if confirmed:
             break
+    moves = within_budget(model, layers, confirmed, policy)
+    reason = f"{len(moves)} of {len(candidates)} neurons split" if confirmed else _why_none(candidates)
+    plan = GrowthPlan(layers, moves, reason)
+    if policy.moves != "splits":
+        return mix(model, plan, geometry, probe, policy)
     if not confirmed:
-        return GrowthPlan(layers, (), _why_none(candidates))
-    moves = _within_budget(model, layers, confirmed, policy)
-    if not moves:
-        return GrowthPlan(layers, (), "the budget allows no new neuron")
-    plan = GrowthPlan(layers, moves, f"{len(moves)} of {len(candidates)} neurons split")
-    return _with_offset(model, plan, probe)
+        return plan
+    return confirmed_plan(model, searched(model, plan, probe), probe) if moves else replace(plan, reason=NO_ROOM)
 
 
 def _of(geometry: Mapping[str, LayerGeometry], layer: HiddenLayer) -> LayerGeometry:
@@ -167,16 +150,6 @@ def _directions(geometry: LayerGeometry, coefficients: tuple[float, ...]) -> lis
     return found
 
 
-def stretch(move: Split, factor: float) -> Split:
-    """A split with its offsets times a factor and its second-order decrease times the square."""
-    return replace(
-        move,
-        in_offset=move.in_offset * factor,
-        out_offset=move.out_offset * factor,
-        predicted_decrease=move.predicted_decrease * factor**2,
-    )
-
-
 def _why(coefficients: tuple[float, ...], value: float, v: Tensor) -> str:
     through = "incoming and outgoing weights" if bool(v.abs().max() > 0) else "incoming weights"
     signs = "signed copies" if min(coefficients) < 0 else "copies"
@@ -193,59 +166,3 @@ def _why_none(candidates: Sequence[Candidate]) -> str:
             "none does beyond rounding and on the held-out half; a larger probe may decide"
         )
     return "growth would not help here: no neuron has a direction in which its copies could descend"
-
-
-def _within_budget(
-    model: nn.Module, layers: tuple[HiddenLayer, ...], candidates: Sequence[Candidate], policy: GrowthPolicy
-) -> tuple[Split, ...]:
-    """The best candidates that the budgets allow, by predicted decrease per parameter."""
-    parameters = count_parameters(model)
-    limits = [policy.max_parameters, None if policy.max_ratio is None else policy.max_ratio * parameters]
-    limit = min((limit for limit in limits if limit is not None), default=float("inf"))
-    room, neurons = limit - parameters, float("inf") if policy.max_neurons is None else policy.max_neurons
-    chosen: list[Split] = []
-    for item in sorted(candidates, key=lambda item: -item.score):
-        if item.cost <= room and item.move.added <= neurons:
-            chosen.append(item.move)
-            room, neurons = room - item.cost, neurons - item.move.added
-
-    def exceeds(count: int) -> bool:
-        """Whether the first moves are too many: neighbours that grow together cost more than each alone."""
-        with widened(model, GrowthPlan(layers, tuple(chosen[:count]), "")):
-            return count_parameters(model) > limit
-
-    allowed = bisect_left(range(1, len(chosen) + 1), True, key=exceeds)
-    return tuple(chosen[:allowed])
-
-
-def _with_offset(model: nn.Module, plan: GrowthPlan, probe: Probe) -> GrowthPlan:
-    """The plan at the offset that decreases the fitted loss most, or an empty one where none pays."""
-    start = probe.loss(model, "fitted")
-    signs = (1.0, -1.0) if any(_sign_matters(move) for move in plan.moves) else (1.0,)
-    tried = []
-    for offset in (sign * size for size in OFFSETS for sign in signs):
-        with widened(model, _at(plan, offset)):
-            tried.append((offset, start - probe.loss(model, "fitted", finite=False)))
-    offset, fitted = max(tried, key=lambda item: item[1])
-    found = replace(plan, line_search=tuple(tried))
-    if not fitted > 0:
-        return replace(found, moves=(), reason="growth would not help here: no offset decreases the loss")
-    chosen = _at(found, offset)
-    with widened(model, chosen):
-        after = probe.loss(model, "held_out", finite=False)
-    held_out = probe.loss(model, "held_out") - after
-    if not held_out > 0:
-        reason = "growth would not help here: the decrease on the fitted half does not survive on the held-out half"
-        return replace(found, moves=(), reason=reason)
-    return replace(chosen, fitted_decrease=fitted, held_out_decrease=held_out)
-
-
-def _sign_matters(move: object) -> bool:
-    """Exchanging two equal copies reverses their offsets; with other coefficients the third order differs."""
-    return isinstance(move, Split) and len(set(move.coefficients)) > 1
-
-
-def _at(plan: GrowthPlan, offset: float) -> GrowthPlan:
-    moves = tuple(stretch(move, offset) for move in plan.moves if isinstance(move, Split))
-    predicted = sum(move.predicted_decrease for move in moves)
-    return replace(plan, moves=moves, offset=offset, predicted_decrease=predicted)

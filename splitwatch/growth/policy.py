@@ -21,6 +21,8 @@ class GrowthPolicy:
         max_events: growth events in one run.
         coefficients: "auto" splits equally, and by signed coefficients where equal ones let no neuron descend; "equal",
             "signed"; or the coefficients themselves, k numbers that sum to 1.
+        moves: "splits" of neurons; "sprouts", new neurons found by residual pursuit; or "mixed", splits, as many
+            sprouts, or half of each, whichever decreases the loss most on the held-out half.
         cap: bound on Σ|λ| of signed coefficients; long negative coefficients lead to ever sharper regions.
         window: training steps the detector looks back over; also the least distance between two measurements.
         tolerance: improvement over a window, relative to the loss scale, that still counts as none.
@@ -41,6 +43,7 @@ class GrowthPolicy:
     max_ratio: float | None = 2.0
     max_events: int | None = None
     coefficients: str | Sequence[float] = "auto"
+    moves: str = "mixed"
     cap: float = 3.0
     window: int = 200
     tolerance: float = 0.01
@@ -67,6 +70,8 @@ class GrowthPolicy:
             raise SplitWatchError(
                 f'coefficients: required "auto", "equal", "signed" or numbers, found {self.coefficients!r}'
             )
+        if self.moves not in {"splits", "sprouts", "mixed"}:
+            raise SplitWatchError(f'moves: required "splits", "sprouts" or "mixed", found {self.moves!r}')
         if not self.cap > 1:
             raise SplitWatchError(f"cap: required Σ|λ| > 1 (1 leaves no negative coefficient), found {self.cap}")
         for name, least in (("window", 10), ("probe_samples", 2), ("max_bytes", 1)):

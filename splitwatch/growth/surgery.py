@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from splitwatch.growth.handlers import Fields, columns, rows
 from splitwatch.growth.widening import IndexMap, Widening, as_column, submodule, widenings
-from splitwatch.records import GrowthPlan
+from splitwatch.records import GrowthPlan, HiddenLayer
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,7 +125,7 @@ class _Edit:
 
     def joined(self, other: _Edit) -> _Edit:
         """Both edits of one tensor as one."""
-        first, *rest = sorted((self, *self.then, other), key=lambda edit: (edit.index.axis, -edit.index.start))
+        first, *rest = sorted((self, *self.then, other), key=lambda e: (e.index.axis, e.added > 0, -e.index.start))
         return replace(first, then=tuple(replace(edit, then=()) for edit in rest))
 
     def replacement(self, offsets: bool) -> Replacement:
@@ -193,6 +193,16 @@ def _edits(model: nn.Module, widening: Widening) -> Iterator[tuple[_Edit, tuple[
             offset = widening.out_offset[:, position : position + size]
             yield _Edit(module, attribute, places, widening.coefficients, offset), fields.sizes
             position += size
+    if widening.biases is not None:
+        yield from _bias_edits(model, widening.layer, widening.biases)
+
+
+def _bias_edits(model: nn.Module, layer: HiddenLayer, changes: Tensor) -> Iterator[tuple[_Edit, tuple[str, ...]]]:
+    """Changes of the consumers' biases, which keep their sizes."""
+    biased = [module for c in layer.consumers if (module := submodule(model, c.name)).bias is not None]
+    for module, change in zip(biased, changes.split([len(module.bias) for module in biased]), strict=True):
+        still = IndexMap(torch.arange(len(change)), len(change))
+        yield _Edit(module, "bias", still, torch.ones(len(change), dtype=torch.float64), change), ()
 
 
 def _shared_out(blocks: Tensor, source: Tensor, coefficients: Tensor) -> Tensor:

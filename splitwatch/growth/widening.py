@@ -57,13 +57,17 @@ def as_column(factor: Tensor, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Widening:
-    """All moves of a plan in one layer as an index map: source (-1 for sprouts), coefficients, offsets."""
+    """All moves of a plan in one layer as an index map: source (-1 for sprouts), coefficients, offsets.
+
+    ``biases`` is what is added to the biases of the consumers that have some, one after the other, or None.
+    """
 
     layer: HiddenLayer
     source: Tensor
     coefficients: Tensor
     in_offset: Tensor
     out_offset: Tensor
+    biases: Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -113,12 +117,18 @@ def _widening(model: nn.Module, layer: HiddenLayer, moves: Sequence[Split | Spro
         neurons[move.neuron] = first
         neurons += others
     like = submodule(model, layer.producers[0]).weight
+    out_offset = torch.stack([neuron.out_offset.to(like) for neuron in neurons])
+    sprouts = [move for move in moves if isinstance(move, Sprout)]
+    for move in sprouts:
+        out_offset[: layer.width] += 0 if move.others is None else move.others.to(like)
+    biases = [move.biases.to(like) for move in sprouts if move.biases is not None]
     return Widening(
         layer,
         torch.tensor([neuron.source for neuron in neurons]),
         torch.tensor([neuron.coefficient for neuron in neurons], dtype=torch.float64),
         torch.stack([neuron.in_offset.to(like) for neuron in neurons]),
-        torch.stack([neuron.out_offset.to(like) for neuron in neurons]),
+        out_offset,
+        torch.stack(biases).sum(0) if biases else None,
     )
 
 

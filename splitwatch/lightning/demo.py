@@ -1,7 +1,7 @@
 """The demonstration: a narrow network on scikit-learn's digits, stuck, diagnosed, widened, freed.
 
-The same run is made three times under the same seed: with splitwatch, without growth, and with naive duplication (the
-neurons that splitwatch chose, halves with a little noise, at the same step).
+The same run is made three times under the same seed: with splitwatch, without growth, and with naive duplication (as
+many neurons as splitwatch adds, halves with a little noise, at the same step).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from splitwatch.geometry.weights import neuron_weights
 from splitwatch.growth.grow import grow
 from splitwatch.growth.policy import GrowthPolicy
 from splitwatch.lightning.callback import SplitWatch
@@ -90,7 +91,10 @@ class Moment(pl.Callback):
 
 
 class Duplicate(pl.Callback):
-    """Naive duplication of the same neurons at the same step: halves of the outgoing weights, a little noise."""
+    """Naive duplication at the same step: halves of the outgoing weights, a little noise.
+
+    The neurons that splitwatch splits; where it adds new ones, as many of the first others.
+    """
 
     def __init__(self, step: int, plan: GrowthPlan) -> None:
         self.step, self.plan = step, plan
@@ -98,17 +102,24 @@ class Duplicate(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Duplicate at the given step."""
         if trainer.global_step == self.step:
-            generator = torch.Generator().manual_seed(0)
-            moves = [_duplication(pl_module, move, generator) for move in self.plan.moves if isinstance(move, Split)]
-            grow(pl_module, replace(self.plan, moves=tuple(moves)), trainer.optimizers)
+            moves = duplications(pl_module, self.plan)
+            grow(pl_module, replace(self.plan, moves=moves), trainer.optimizers)
 
 
-def _duplication(module: nn.Module, move: Split, generator: torch.Generator) -> Split:
-    producer: Any = module.get_submodule(move.layer)
-    deviation = float(producer.weight.detach().std())
-    noise = torch.randn(move.in_offset.shape[1], generator=generator) * deviation * NOISE
-    offsets = torch.stack([torch.zeros_like(noise), noise])
-    return replace(move, coefficients=(0.5, 0.5), in_offset=offsets, out_offset=torch.zeros_like(move.out_offset[:2]))
+def duplications(module: nn.Module, plan: GrowthPlan) -> tuple[Split, ...]:
+    """A duplication for every move of a plan, as far as there are neurons."""
+    generator, moves = torch.Generator().manual_seed(0), []
+    for layer in plan.layers:
+        chosen = [move for move in plan.moves if move.layer == layer.name]
+        split = [move.neuron for move in chosen if isinstance(move, Split)]
+        others = [r for r in range(layer.width) if r not in split]
+        producer, (incoming, outgoing) = module.get_submodule(layer.producers[0]), neuron_weights(module, layer)
+        deviation = float(producer.get_parameter("weight").detach().std())
+        for neuron in (split + others)[: len(chosen)]:
+            noise = torch.randn(incoming.shape[1], generator=generator) * deviation * NOISE
+            offsets = torch.stack([torch.zeros_like(noise), noise])
+            moves.append(Split(layer.name, neuron, (0.5, 0.5), offsets, torch.zeros(2, outgoing.shape[1]), 0.0))
+    return tuple(moves)
 
 
 @torch.no_grad()
@@ -173,7 +184,7 @@ def run(logdir: str | Path = "runs/demo", seed: int = 0, steps: int = 4200) -> d
     before = Moment(data, lambda trainer: trainer.global_step == event.step)
     console.print("[bold]2/3[/bold] the same run without growth")
     control = train("no_growth", data, steps, logdir, seed, [before])
-    console.print("[bold]3/3[/bold] the same run with naive duplication of the same neurons at the same step")
+    console.print("[bold]3/3[/bold] the same run with naive duplication of as many neurons at the same step")
     duplicated = train("duplication", data, steps, logdir, seed, [Duplicate(event.step, event.plan)])
     after = f"{steps - event.step} steps later"
     scores = {

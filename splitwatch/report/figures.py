@@ -18,7 +18,7 @@ from matplotlib.patches import Patch, Polygon
 from torch import Tensor
 
 from splitwatch.geometry.plateau import Narrow, classify_split
-from splitwatch.records import GrowthPlan, LayerGeometry
+from splitwatch.records import GrowthPlan, LayerGeometry, Sprout
 
 NO_COUPLING: Final = 1e-6  # a coupling this much smaller than the inner Hessian is rounding error
 INK, LOW, HIGH, ESCAPE = "#222222", "#0072B2", "#D55E00", "#6A3D9A"
@@ -174,7 +174,8 @@ def line_search_figure(plan: GrowthPlan) -> Figure:
 
 def _chosen_offset(axes: Axes, plan: GrowthPlan, low: float, high: float) -> None:
     grid = torch.logspace(math.log2(low), math.log2(high), 200, base=2.0, dtype=torch.float64)
-    curve = plan.predicted_decrease * (grid / plan.offset) ** 2
+    sprouts = sum(move.predicted_decrease for move in plan.moves if isinstance(move, Sprout))
+    curve = (plan.predicted_decrease - sprouts) * (grid / plan.offset) ** 2
     axes.plot(grid.tolist(), curve.tolist(), ":", color=INK, lw=1.4, label="second order")
     chosen = [abs(plan.offset)]
     axes.axvline(chosen[0], color="#999999", lw=0.8, zorder=0)

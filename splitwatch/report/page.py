@@ -50,7 +50,10 @@ def _sizes(event: GrowthEvent) -> Iterator[tuple[str, ...]]:
 def _outcome(event: GrowthEvent) -> Iterator[tuple[str, str]]:
     plan = event.plan
     if plan:
-        yield "offset, relative to the neurons' weights", f"{plan.offset:g}"
+        if plan.offset or not plan.step:
+            yield "offset, relative to the neurons' weights", f"{plan.offset:g}"
+        if plan.step:
+            yield "step of the sprouts, relative to a quadratic model's", f"{plan.step:g}"
         yield "decrease predicted (second order)", _number(plan.predicted_decrease)
         yield "decrease found by the line search, fitted half", _number(plan.fitted_decrease)
         yield "decrease found by the line search, held-out half", _number(plan.held_out_decrease)

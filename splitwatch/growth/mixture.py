@@ -1,0 +1,134 @@
+"""Splits, sprouts, or half of each: plans of the same size, among which the held-out half decides."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import inf, isfinite
+
+from torch import Tensor, nn
+
+from splitwatch.growth.grow import count_parameters, widened
+from splitwatch.growth.policy import GrowthPolicy
+from splitwatch.growth.pursuit import Seedlings, proposals, pursue, sized
+from splitwatch.growth.search import NO_ROOM, parameter_limit, rejected, searched, within_budget
+from splitwatch.probe import Probe
+from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, Split, Sprout
+
+Move = Split | Sprout
+
+
+def mix(
+    model: nn.Module, splits: GrowthPlan, geometry: Mapping[str, LayerGeometry], probe: Probe, policy: GrowthPolicy
+) -> GrowthPlan:
+    """The plan of splits, or one as large with sprouts in it where that decreases the held-out loss more.
+
+    Args:
+        model: the network, left as it was.
+        splits: those that the budgets allow, not searched yet; none is one possibility.
+        geometry: of the plan's layers.
+        probe: sprouts are searched on its fitted half, plans compared on the other.
+        policy: budgets; ``moves`` is "sprouts" or "mixed".
+
+    Returns:
+        The best plan, with the reason; it is empty where none pays.
+    """
+    layers = splits.layers
+    budget = _equal_size(model, splits, policy)
+    found = _pursued(model, layers, geometry, probe, budget)
+    items = proposals(model, found, probe)
+    order = [move for move in within_budget(model, layers, items, budget) if isinstance(move, Sprout)]
+    half = len(splits.moves) // 2
+    variants: dict[str, tuple[Move, ...]] = {"sprouts": _sprouts(model, found, order, probe)}
+    if policy.moves == "mixed":
+        room = sum(move.added for move in splits.moves[half:])
+        variants["splits"] = splits.moves
+        variants["half and half"] = (*splits.moves[:half], *_sprouts(model, found, order[:room], probe)) if half else ()
+    plans = {
+        name: searched(model, replace(splits, moves=_fitting(model, layers, moves, policy)), probe)
+        for name, moves in variants.items()
+        if moves
+    }
+    if plans:
+        return _chosen(model, plans, probe)
+    nothing = "growth would not help here: no new neuron is possible that explains a slope of the loss"
+    none = NO_ROOM if items or policy.max_neurons == 0 else nothing if splits.moves else splits.reason
+    return GrowthPlan(layers, (), none)
+
+
+def _equal_size(model: nn.Module, splits: GrowthPlan, policy: GrowthPolicy) -> GrowthPolicy:
+    """Budgets that allow as much as the splits take; without splits to compare with, as many neurons as there are."""
+    if splits.moves and policy.moves == "mixed":
+        with widened(model, splits):
+            parameters = count_parameters(model)
+        return replace(policy, max_neurons=sum(move.added for move in splits.moves), max_parameters=parameters)
+    width = sum(layer.width for layer in splits.layers)
+    return replace(policy, max_neurons=width if policy.max_neurons is None else min(width, policy.max_neurons))
+
+
+def _pursued(
+    model: nn.Module,
+    layers: Sequence[HiddenLayer],
+    geometry: Mapping[str, LayerGeometry],
+    probe: Probe,
+    policy: GrowthPolicy,
+) -> list[Seedlings]:
+    """New neurons for every layer that can hold some; a depthwise convolution would need a kernel for each."""
+    able = [layer for layer in layers if not any("conv" in operation for operation in layer.operations)]
+    wanted = policy.max_neurons or 0
+    found = (pursue(model, x, probe, wanted, geometry.get(x.name), max_bytes=policy.max_bytes) for x in able)
+    return list(found) if wanted else []
+
+
+def _sprouts(model: nn.Module, found: Sequence[Seedlings], order: Sequence[Sprout], probe: Probe) -> tuple[Sprout, ...]:
+    """The sprouts of a selection with their outgoing weights solved for jointly."""
+    counts = Counter(move.layer for move in order)
+    chosen = [seedlings.first(counts[seedlings.layer.name]) for seedlings in found]
+    parts = [sized(model, [part.layer], part.sprouts(), probe) for part in chosen]
+    moves = [move for part in parts for move in part]
+    several = sum(map(bool, parts)) > 1
+    return sized(model, [part.layer for part in chosen], moves, probe) if several else tuple(moves)
+
+
+def _fitting(
+    model: nn.Module, layers: tuple[HiddenLayer, ...], moves: Sequence[Move], policy: GrowthPolicy
+) -> tuple[Move, ...]:
+    """Moves without the last ones where the budgets allow fewer: neighbours that grow together cost more."""
+    limit = parameter_limit(model, policy)
+    for count in range(len(moves), 0, -1):
+        with widened(model, GrowthPlan(layers, tuple(moves[:count]), "")):
+            if count_parameters(model) <= limit:
+                return tuple(moves[:count])
+    return ()
+
+
+def _chosen(model: nn.Module, plans: Mapping[str, GrowthPlan], probe: Probe) -> GrowthPlan:
+    """The plan that decreases the held-out loss most."""
+    start, weights = probe.losses(model, "held_out")
+    gains = {}
+    for name, plan in plans.items():
+        with widened(model, plan):
+            gains[name] = start - probe.losses(model, "held_out", finite=False)[0]
+    means = {name: float(weights @ gain) if plans[name].fitted_decrease > 0 else 0.0 for name, gain in gains.items()}
+    best = max(means, key=lambda name: means[name] if isfinite(means[name]) else -inf)
+    plan = plans[best]
+    told = ", ".join(f"{name} {means[name]:.2e}{_error(gains, weights, name, best)}" for name in plans)
+    if not means[best] > 0:
+        return rejected(plan, f"growth would not help here: no plan decreases the loss on the held-out half ({told})")
+    reason = f"{best}: {_counted(plan)}; held-out decrease of {told}"
+    return replace(plan, reason=reason, held_out_decrease=means[best])
+
+
+def _error(gains: Mapping[str, Tensor], weights: Tensor, name: str, best: str) -> str:
+    """The standard error of a plan's difference to the best one, over parts of the held-out half."""
+    if name == best or len(weights) < 2:
+        return ""
+    difference = gains[best] - gains[name]
+    spread = (weights @ (difference - weights @ difference).square() / (len(weights) - 1)).sqrt()
+    return f" (± {float(spread):.0e})"
+
+
+def _counted(plan: GrowthPlan) -> str:
+    kinds = Counter("split" if isinstance(move, Split) else "sprout" for move in plan.moves)
+    return " and ".join(f"{count} {kind}{'s' if count > 1 else ''}" for kind, count in sorted(kinds.items()))

@@ -1,0 +1,227 @@
+"""Residual pursuit: new neurons whose features explain most of what the loss still wants from a layer.
+
+Candidates are scored by ‖g‖²/‖φ⊥‖², the best are improved by gradient ascent, then chosen one after the other, each
+against what those before it leave (orthogonal matching pursuit, Pati, Rezaiifar & Krishnaprasad 1993). Their outgoing
+weights V minimise g·V + ½ VᵀQV with the new features' Gram matrix Q; the loss's exact second derivative along V, with
+what V changes in the existing weights, sets the length, so that the model is exact for a linear read-out under the
+squared error. Related: GradMax (Evci et al. 2022) and TINY (Verbockhaven et al. 2024) choose new neurons by the same
+residual, from what is linear in the layer's input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
+
+from splitwatch.geometry.narrow import LossCurvature
+from splitwatch.growth.grow import widened
+from splitwatch.growth.search import Candidate, scale
+from splitwatch.growth.seedbed import THRESHOLD, Measured, Reader, Seedbed, rebalance
+from splitwatch.precision import full_precision
+from splitwatch.probe import Probe
+from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, Sprout
+
+POOL, MOST = 64, 512
+"""Candidates tried in a layer: twice as many as wanted, within these bounds and what memory allows."""
+REACHES = (0.3, 1.0)
+"""Finite steps along split directions among the candidates, relative to the norm of the incoming weights."""
+ASCENT, RATE = 20, 0.1
+"""Steps of gradient ascent, and how far one goes relative to the norm of the incoming weights."""
+_GRAPH = 6  # tensors that a graph holds for each of its ends
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Seedlings:
+    """Chosen neurons of one layer, best first: incoming weights (n, d), and what was measured of them.
+
+    ``explained`` (n,) is what each adds to ‖g‖²/‖φ⊥‖²; ``readers`` are the layer's consumers.
+    """
+
+    layer: HiddenLayer
+    readers: tuple[Reader, ...]
+    incoming: Tensor
+    measured: Measured
+    explained: Tensor
+
+    def first(self, count: int) -> Seedlings:
+        """The best of them."""
+        at = torch.arange(min(count, len(self.incoming)), device=self.incoming.device)
+        some = {"incoming": self.incoming[at], "measured": self.measured.of(at), "explained": self.explained[at]}
+        return replace(self, **some)
+
+    def sprouts(self) -> tuple[Sprout, ...]:
+        """The neurons with outgoing weights −Q⁻¹g, up to the scale of the loss; predictions are ½ −g·v there."""
+        if not len(self.incoming):
+            return ()
+        gain, left = self.measured.gain, self.measured.left
+        size = left.diagonal().sqrt()[:, None]
+        ridge = torch.finfo(left.dtype).eps * len(size) * torch.eye(len(size), dtype=left.dtype, device=left.device)
+        outgoing = -torch.linalg.solve(left / size / size.T + ridge, gain / size) / size
+        moves = []
+        for w, v, g, a in zip(self.incoming, outgoing, gain, self.measured.combination.T, strict=True):
+            changes = [change.to(w).cpu() for change in (v, *rebalance(self.readers, a, v))]
+            fall = -0.5 * float(g @ v)
+            moves.append(Sprout(self.layer.name, w.cpu(), changes[0], fall, "", changes[1], changes[2]))
+        return tuple(moves)
+
+
+def pursue(
+    model: nn.Module,
+    layer: HiddenLayer,
+    probe: Probe,
+    wanted: int,
+    geometry: LayerGeometry | None = None,
+    *,
+    max_bytes: int,
+    seed: int = 0,
+) -> Seedlings:
+    """Search a layer for new neurons; the model and the process's RNG stay as they are.
+
+    Args:
+        model: the network.
+        layer: one of its hidden layers.
+        probe: searched on its fitted half.
+        wanted: at most so many; fewer where features repeat.
+        geometry: of the layer; finite steps along its split directions are candidates too.
+        max_bytes: what may be kept in memory, and once more for the graph of one batch.
+        seed: of the random candidates.
+
+    Returns:
+        The neurons, best first.
+
+    Raises:
+        UnsupportedLayerError: the layer cannot hold new neurons.
+    """
+    count = min(max(POOL, 2 * wanted), MOST, max(1, wanted, _room(model, layer, probe, max_bytes)))
+    bed = Seedbed(model, layer, probe, count, max_bytes)
+    with full_precision():
+        w = candidates(bed, geometry, seed)
+        kept, _ = select(found := bed.measure(w), 4 * wanted)
+        w = ascend(bed, w[kept], found.scores[kept])
+        kept, explained = select(found := bed.measure(w), wanted)
+    return Seedlings(layer, bed.readers, w[kept], found.of(kept), explained)
+
+
+def _room(model: nn.Module, layer: HiddenLayer, probe: Probe, max_bytes: int) -> int:
+    """How many candidates the graph of one batch may hold."""
+    trace = next(iter(probe.traces(model, [layer], "fitted")))[layer.name]
+    ends = [*trace.pre_activations(), *(consumer.input for consumer in trace.consumers)]
+    return max_bytes * layer.width // (_GRAPH * sum(x.nbytes for x in ends)) - layer.width
+
+
+def candidates(bed: Seedbed, geometry: LayerGeometry | None, seed: int) -> Tensor:
+    """Incoming weights (k, d): finite steps along the lowest split directions (up to half of k), the rest random.
+
+    Random ones spread their pre-activations as the existing neurons do, around a random sample's.
+    """
+    steps = bed.incoming[:0]
+    if geometry is not None:
+        lowest = geometry.min_eigenvalue.argsort()[: bed.count // (4 * len(REACHES))]
+        old, along = bed.incoming[lowest], geometry.min_vector[lowest].to(bed.incoming)
+        sizes = [sign * reach for reach in REACHES for sign in (1, -1)]
+        steps = torch.cat([old + size * old.norm(dim=1, keepdim=True) * along for size in sizes])
+    k, generator = bed.count - len(steps), torch.Generator().manual_seed(seed)
+    w = torch.randn(k, bed.d, generator=generator, dtype=torch.float64).to(bed.incoming)
+    where = torch.rand(k, generator=generator, dtype=torch.float64)
+    return torch.cat([steps, bed.fitted_to_data(w, where)])
+
+
+def ascend(bed: Seedbed, w: Tensor, scores: Tensor) -> Tensor:
+    """Incoming weights after gradient ascent on log ‖g‖²/‖φ⊥‖², of each neuron the best that was met, (k', d)."""
+    best, best_scores = w.clone(), scores.clone()
+    size = w.norm(dim=1, keepdim=True) / w.shape[1] ** 0.5
+    place = torch.nn.Parameter(w / torch.where(size > 0, size, 1))
+    optimizer = torch.optim.Adam([place], lr=RATE)
+    at = bed.measure(w)
+    for _ in range(ASCENT):
+        place.grad = -(bed.slope(place.detach() * size, at) * size).nan_to_num(0, 0, 0)
+        optimizer.step()
+        at = bed.measure(place.detach() * size)
+        better = at.scores > best_scores
+        best[better], best_scores[better] = (place.detach() * size)[better], at.scores[better]
+    return best
+
+
+def select(measured: Measured, count: int) -> tuple[Tensor, Tensor]:
+    """Indices of the neurons that together explain most, one after the other, and what each adds, both (n,).
+
+    A pivoted Cholesky factorisation of φ⊥ᵀφ⊥ that carries g along; neurons of which the ones before leave less than
+    ``THRESHOLD`` are not chosen.
+    """
+    gain, left = measured.gain.clone(), measured.left.clone()
+    chosen, explained = [], []
+    open_ = torch.ones(len(gain), dtype=torch.bool, device=gain.device)
+    for _ in range(min(count, len(gain))):
+        rest = left.diagonal()
+        open_ &= rest > THRESHOLD * measured.norm
+        scores = torch.where(open_, gain.square().sum(1) / rest, 0)
+        i = int(scores.argmax())
+        if not scores[i] > 0:
+            break
+        chosen.append(i)
+        explained.append(scores[i])
+        column = left[:, i] / left[i, i]
+        gain, left = gain - torch.outer(column, gain[i]), left - torch.outer(column, left[i])
+        open_[i] = False
+    index = torch.tensor(chosen, dtype=torch.long, device=gain.device)
+    return index, torch.stack(explained) if explained else gain.new_zeros(0)
+
+
+def sized(model: nn.Module, layers: Sequence[HiddenLayer], moves: Sequence[Sprout], probe: Probe) -> tuple[Sprout, ...]:
+    """Sprouts at the lowest point of the loss's parabola along their joint outgoing weights.
+
+    L(t) = L + t gᵀd + ½ t² dᵀHd on the fitted half. Where it has no lowest point (dᵀHd ≤ 0), or one lower than zero
+    for a loss that is positive, the step is bounded by a predicted decrease of |L|. Predictions are each one's share,
+    −g·v, of ½ (gᵀd)²/dᵀHd.
+    """
+    plan = GrowthPlan(tuple(layers), tuple(moves), "")
+    slope = -2 * sum(move.predicted_decrease for move in moves)
+    if not moves or not slope < 0:
+        return ()
+    bound, curvature = abs(probe.loss(model, "fitted")), _curvature(model, plan, probe)
+    step = 2 * bound / -slope
+    if curvature > 0:
+        step = min(step, -slope / curvature)
+    return tuple(
+        replace(
+            scale(move, step),
+            predicted_decrease=(fall := move.predicted_decrease * step),
+            reason=f"slope {-2 * fall:+.2e} along its outgoing weights, feature new to the layer",
+        )
+        for move in moves
+    )
+
+
+def _curvature(model: nn.Module, plan: GrowthPlan, probe: Probe) -> float:
+    """Second derivative of the fitted loss along what a plan's sprouts change; zero where autograd knows none."""
+    with widened(model, plan), full_precision(model):
+        wide = _trainable(model)
+    with widened(model, plan, offsets=False), full_precision(model):
+        direction = wide - _trainable(model)
+        try:
+            product = LossCurvature(model, probe).product(direction[None].double(), "fitted")[0]
+        except RuntimeError as error:
+            if "differentiated only once" not in str(error) and "derivative" not in str(error):
+                raise
+            return 0.0
+        return float(direction.double() @ product)
+
+
+def _trainable(model: nn.Module) -> Tensor:
+    return parameters_to_vector(p.detach() for p in model.parameters() if p.requires_grad)
+
+
+def proposals(model: nn.Module, found: Sequence[Seedlings], probe: Probe) -> list[Candidate]:
+    """The chosen neurons of every layer in one currency: the decrease predicted for each layer's together."""
+    items = []
+    for seedlings in found:
+        moves = sized(model, [seedlings.layer], seedlings.sprouts(), probe)
+        total, explained = sum(move.predicted_decrease for move in moves), seedlings.explained.tolist()
+        for move, part in zip(moves, explained, strict=False):
+            fall = total * part / sum(explained)
+            items.append(Candidate(replace(move, predicted_decrease=fall), len(move.incoming) + len(move.outgoing)))
+    return items

@@ -1,0 +1,269 @@
+"""What a layer's consumers would read of new neurons, and what that would do to the loss, on the fitted half.
+
+The model is widened once by k silent neurons (outgoing weights zero), which changes nothing that it computes, and its
+traces are captured. From then on the new neurons' incoming weights can be anything: their pre-activations are put
+into the recorded path, so that any activation, normalisation, gate or pooling is evaluated as the model would do it.
+
+    φ_k   the features: what the consumers read of neuron k, (rows,)
+    φ_k⊥  the features less what the layer's features and the consumers' biases make of them by least squares
+    g_k   the gains: ∂L/∂v_k at v_k = 0 of φ_k⊥, (c,)
+
+A new neuron whose outgoing weights are v comes with −a v on the existing ones and the biases, a the combination that
+makes φ − φ⊥: then nothing but φ⊥ enters, and what the fitted half alone would change in the existing weights (at a
+stationary point of the whole loss its slope in them is sampling noise) has no part in the choice. Where a consumer
+reads several positions of a neuron (a kernel's offsets, flattened images), they count as further rows: the metric
+‖φ⊥‖² leaves out that each of them has weights of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from splitwatch.geometry.curvature import incoming_sizes, lift
+from splitwatch.geometry.weights import extract_columns, neuron_weights
+from splitwatch.growth.grow import widened
+from splitwatch.probe import LayerTrace, Probe
+from splitwatch.records import GrowthPlan, HiddenLayer, Sprout
+
+RESOLUTION = 1e-6
+"""Eigenvalues of the existing features' correlations that count as zero, relative to the largest."""
+
+THRESHOLD = 1e-3
+"""Share of ‖φ‖² that has to be left in ‖φ⊥‖² for a neuron to count as new."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Measured:
+    """k possible neurons on the fitted half, in float64.
+
+    ``gain`` (k, c) is g, ``norm`` (k,) the mean of φ² over samples, ``left`` (k, k) that of φ⊥ᵀφ⊥, ``combination``
+    (b, k) how existing features and biases make φ − φ⊥.
+    """
+
+    gain: Tensor
+    norm: Tensor
+    left: Tensor
+    combination: Tensor
+
+    def of(self, rows: Tensor) -> Measured:
+        """The same of some of the neurons."""
+        return Measured(self.gain[rows], self.norm[rows], self.left[rows][:, rows], self.combination[:, rows])
+
+    @property
+    def scores(self) -> Tensor:
+        """‖g‖²/‖φ⊥‖², zero for neurons that are hardly new, (k,)."""
+        left = self.left.diagonal()
+        return torch.where(left > THRESHOLD * self.norm, self.gain.square().sum(1) / left, 0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Bed:
+    """One batch: the trace of the widened layer, existing pre-activations, features (rows, b) and their gains (b, c).
+
+    Existing features are the m neurons' and ones for every consumer that has a bias.
+    """
+
+    trace: LayerTrace
+    standing: tuple[Tensor, ...]
+    features: Tensor
+    gain: Tensor
+    share: float
+
+    @property
+    def nbytes(self) -> int:
+        kept = [self.features, *self.standing, *self.trace.signals]
+        maps = [x.input for x in (*self.trace.producers, *self.trace.consumers)]
+        return sum(x.nbytes for x in (*kept, *maps))
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """A consumer's share of a neuron's outgoing weights: their number, its outputs, whether it has a bias."""
+
+    size: int
+    outputs: int
+    has_bias: bool
+
+
+def rebalance(readers: Sequence[Reader], combination: Tensor, outgoing: Tensor) -> tuple[Tensor, Tensor]:
+    """Changes of existing outgoing weights (m, c) and of the consumers' biases (outputs,) that take φ − φ⊥ out.
+
+    Args:
+        readers: the layer's consumers.
+        combination: how existing neurons and the consumers' biases make φ − φ⊥ of one new neuron, (m + biases,).
+        outgoing: the new neuron's outgoing weights, (c,).
+    """
+    biased = sum(reader.has_bias for reader in readers)
+    neurons, constants = combination[: len(combination) - biased], iter(combination[len(combination) - biased :])
+    parts = zip(readers, outgoing.split([reader.size for reader in readers]), strict=True)
+    biases = [-next(constants) * part.reshape(x.outputs, -1).sum(1) for x, part in parts if x.has_bias]
+    return -torch.outer(neurons, outgoing), torch.cat([outgoing[:0], *biases])
+
+
+class Seedbed:
+    """A layer with room for k new neurons.
+
+    Args:
+        model: the network; widened while it is captured, left as it was.
+        layer: the layer.
+        probe: its fitted half is measured on.
+        count: k.
+        max_bytes: what may be kept of the traces; batches beyond it are left out.
+
+    Raises:
+        UnsupportedLayerError: the layer cannot hold new neurons (a depthwise convolution needs a kernel for each).
+    """
+
+    def __init__(self, model: nn.Module, layer: HiddenLayer, probe: Probe, count: int, max_bytes: int) -> None:
+        incoming, outgoing = neuron_weights(model, layer)
+        self.layer, self.count, self.incoming = layer, count, incoming
+        self.d, self.c = incoming.shape[1], outgoing.shape[1]
+        silent = Sprout(layer.name, torch.zeros(self.d), torch.zeros(self.c))
+        plan, wide = GrowthPlan((layer,), (silent,) * count, ""), replace(layer, width=layer.width + count)
+        self.beds: list[_Bed] = []
+        with widened(model, plan):
+            for traces in probe.traces(model, [wide], "fitted"):
+                self.beds.append(self._bed(traces[layer.name]))
+                if sum(bed.nbytes for bed in self.beds) * (1 + 1 / len(self.beds)) > max_bytes:
+                    break
+        maps = zip(layer.consumers, self.beds[0].trace.consumers, strict=True)
+        shapes = [(where.stride, x.weight_shape, x.has_bias) for where, x in maps]
+        self.readers = tuple(Reader(n * shape[0] * shape[2:].numel(), shape[0], bias) for n, shape, bias in shapes)
+        seen = sum(bed.share for bed in self.beds)
+        self.beds = [replace(bed, share=bed.share / seen) for bed in self.beds]
+        gram = sum(_weight(bed) * bed.features.double().T @ bed.features.double() for bed in self.beds)
+        self.inverse = _pseudo_inverse(torch.as_tensor(gram))
+        slope = sum(bed.share * bed.gain.double() for bed in self.beds)
+        self.known = self.inverse @ slope  # what the existing weights would do about their own slope, (b, c)
+
+    def measure(self, w: Tensor) -> Measured:
+        """Gains and Gram matrices of neurons with incoming weights (k', d), k' ≤ k."""
+        k, b = len(w), len(self.inverse)
+        gain, gram, cross = (torch.zeros(k, n, dtype=torch.float64, device=w.device) for n in (self.c, k, b))
+        with torch.no_grad():
+            for bed in self.beds:
+                blocks = self._read(bed.trace, bed.standing, w)
+                gain += bed.share * self._gain(bed.trace, blocks)[:k].double()
+                phi, weight = _rows(bed.trace, blocks)[:, :k].double(), _weight(bed)
+                gram += weight * phi.T @ phi
+                cross += weight * phi.T @ bed.features.double()
+        combination = self.inverse @ cross.T
+        return Measured(gain - cross @ self.known, gram.diagonal(), gram - cross @ combination, combination)
+
+    def slope(self, w: Tensor, at: Measured) -> Tensor:
+        """The gradient of log ‖g‖²/‖φ⊥‖² in incoming weights (k', d); ``at`` is what was measured there.
+
+        By the envelope theorem the combination of existing features may be held fixed.
+        """
+        left = at.left.diagonal().clamp(min=torch.finfo(torch.float64).tiny)
+        norm = at.gain.square().sum(1).clamp(min=torch.finfo(torch.float64).tiny)
+        towards, total = (2 * at.gain / norm[:, None]).to(w), torch.zeros_like(w)
+        for bed in self.beds:
+            with torch.enable_grad():
+                leaf = w.detach().requires_grad_()
+                blocks = self._read(bed.trace, bed.standing, leaf)
+                phi = _rows(bed.trace, blocks)[:, : len(w)]
+                gain = bed.share * self._gain(bed.trace, blocks)[: len(w)]
+                gain = gain - _weight(bed) * phi.T @ (bed.features @ self.known.to(w))
+                new = phi - bed.features @ at.combination.to(w)
+                value = (towards * gain).sum() - _weight(bed) * (new.square().sum(0) / left.to(w)).sum()
+                total += torch.autograd.grad(value, leaf)[0]
+        return total
+
+    def fitted_to_data(self, w: Tensor, where: Tensor) -> Tensor:
+        """Directions (k', d) scaled so that pre-activations spread like existing neurons', with biases at a sample.
+
+        The pre-activation is zero at one row (a sample, or a position in it); ``where`` (k',) in [0, 1) names that row
+        as a share of all rows.
+        """
+        axes = [p.channel_axis for p in self.beds[0].trace.producers]
+        seen = ((lift(bed.trace, w), bed.standing) for bed in self.beds)
+        new, old = zip(*((_channels_last(a, axes), _channels_last(b, axes)) for a, b in seen), strict=True)
+        new, old = ([torch.cat(z) for z in zip(*parts, strict=True)] for parts in (new, old))
+        parts = []
+        sizes, maps = incoming_sizes(self.beds[0].trace), self.beds[0].trace.producers
+        for part, z, standing, producer in zip(w.split(sizes, dim=1), new, old, maps, strict=True):
+            spread = standing.std(0, correction=0)[torch.arange(len(w)) % self.layer.width]
+            spread = torch.where(spread > 0, spread, 1) / z.std(0, correction=0)
+            factor = torch.where(spread.isfinite(), spread, 1)[:, None]
+            part = part * factor
+            if producer.has_bias:
+                at = (where.to(z) * len(z)).long()
+                part[:, -1] -= factor[:, 0] * z[at, torch.arange(len(w))]
+            parts.append(part)
+        return torch.cat(parts, dim=1)
+
+    def _bed(self, trace: LayerTrace) -> _Bed:
+        """What is kept of one batch."""
+        m, axis = self.layer.width, trace.producers[0].channel_axis
+        z = trace.pre_activations()
+        standing = tuple(x.narrow(axis, 0, m).detach().clone() for x in z)
+        blocks = self._split(trace, trace.path(*z), 0, m)
+        ones = [_ones_in(trace, blocks, i) for i, consumer in enumerate(trace.consumers) if consumer.has_bias]
+        features = torch.cat([_rows(trace, part) for part in (blocks, *ones)], dim=1)
+        gain = torch.cat([self._gain(trace, part) for part in (blocks, *ones)])
+        return _Bed(trace, standing, features.detach(), gain.detach(), trace.share)
+
+    def _read(self, trace: LayerTrace, standing: Sequence[Tensor], w: Tensor) -> list[Tensor]:
+        """What each consumer reads of the new neurons; those without weights here get zeros."""
+        w = torch.cat([w, w.new_zeros(self.count - len(w), self.d)])
+        maps = zip(standing, lift(trace, w), trace.producers, strict=True)
+        z = [torch.cat([old, new], dim=p.channel_axis) for old, new, p in maps]
+        return self._split(trace, trace.path(*z), self.layer.width, self.count)
+
+    @staticmethod
+    def _split(trace: LayerTrace, h: Sequence[Tensor], first: int, count: int) -> list[Tensor]:
+        """The channels of some neurons in the consumers' inputs."""
+        readers = zip(h, trace.layer.consumers, trace.consumers, strict=True)
+        return [x.narrow(m.channel_axis, c.start + first * c.stride, count * c.stride) for x, c, m in readers]
+
+    @staticmethod
+    def _gain(trace: LayerTrace, blocks: Sequence[Tensor]) -> Tensor:
+        """∂L/∂v of one batch's mean loss, (k, c)."""
+        parts = []
+        for block, where, consumer, signal in zip(
+            blocks, trace.layer.consumers, trace.consumers, trace.signals, strict=True
+        ):
+            gradient = consumer.at(block).weight_gradient(signal)
+            parts.append(extract_columns(gradient, gradient.shape[1] // where.stride, 0, where.stride))
+        return torch.cat(parts, dim=1)
+
+
+def _channels_last(z: Sequence[Tensor], axes: Sequence[int]) -> list[Tensor]:
+    """Pre-activations as (rows, channels)."""
+    return [x.movedim(axis, -1).flatten(0, -2) for x, axis in zip(z, axes, strict=True)]
+
+
+def _rows(trace: LayerTrace, blocks: Sequence[Tensor]) -> Tensor:
+    """Features of the neurons in blocks, (rows, k): every consumer, sample, position and stride is a row."""
+    parts = []
+    for block, where, consumer in zip(blocks, trace.layer.consumers, trace.consumers, strict=True):
+        apart = block.movedim(consumer.channel_axis, -1).unflatten(-1, (-1, where.stride))
+        parts.append(apart.movedim(-2, -1).flatten(0, -2))
+    return torch.cat(parts)
+
+
+def _ones_in(trace: LayerTrace, blocks: Sequence[Tensor], which: int) -> list[Tensor]:
+    """What a bias makes, as if it were a neuron: ones for one consumer, zeros for the others."""
+    found = []
+    for i, (block, where, consumer) in enumerate(zip(blocks, trace.layer.consumers, trace.consumers, strict=True)):
+        one = block.narrow(consumer.channel_axis, 0, where.stride)
+        found.append(torch.ones_like(one) if i == which else torch.zeros_like(one))
+    return found
+
+
+def _weight(bed: _Bed) -> float:
+    """What one sample of a batch counts."""
+    return bed.share / bed.trace.size
+
+
+def _pseudo_inverse(gram: Tensor) -> Tensor:
+    """A⁺ of a Gram matrix of features, whatever their scales."""
+    scale = gram.diagonal().sqrt()
+    scale = torch.where(scale > 0, 1 / scale, 0)
+    scale = scale[:, None] * scale
+    return torch.linalg.pinv(gram * scale, rtol=RESOLUTION, hermitian=True) * scale

@@ -1,0 +1,364 @@
+"""Sprouts: what is measured of possible neurons, how they are chosen, what plans of them do."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_growth import assert_untouched, data, growable, picture, train
+from torch import nn
+from zoo import ZOO, mse
+
+from splitwatch import Grower, GrowthPolicy, Probe, SplitWatchError, grow, measure_geometry, plan_growth
+from splitwatch.growth import mixture, pursuit
+from splitwatch.growth.grow import count_parameters, widened
+from splitwatch.growth.pursuit import ascend, candidates, pursue, select, sized
+from splitwatch.growth.search import searched
+from splitwatch.growth.seedbed import THRESHOLD, Seedbed, rebalance
+from splitwatch.records import GrowthPlan, Split, Sprout, UnsupportedLayerError
+
+torch.set_num_threads(1)
+
+BYTES = 2**28
+LAYERS = [(name, layer) for name, case in ZOO.items() for layer in case.growable if name != "inverted bottleneck"]
+
+
+def only(model, probe, name):
+    (layer,) = growable(model, probe, [name])
+    return layer
+
+
+def settled(outputs=1, width=3, seed=0, n=60, dtype=torch.float64):
+    """A narrow network whose read-out is a least-squares solution on the fitted half, and its probe."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, outputs)).to(dtype)
+    x = torch.randn(n, 4, dtype=dtype)
+    y = torch.sin(2 * x[:, :outputs]) + x[:, :1] * x[:, 1:2]
+    probe = Probe([(x, y)], mse)
+    x, y = probe.fitted[0]
+    with torch.no_grad():
+        features = torch.cat([model[:2](x), torch.ones_like(x[:, :1])], dim=1)
+        solved = torch.linalg.lstsq(features, y).solution
+        model[2].weight.copy_(solved[:-1].T)
+        model[2].bias.copy_(solved[-1])
+    return model, probe
+
+
+def sprout(model, layer, w, v):
+    return GrowthPlan((layer,), (Sprout(layer.name, w, v),), "by hand")
+
+
+# --- what is measured ------------------------------------------------------------------------------------------------
+
+
+def slope_in_outgoing(model, layer, probe, w, c):
+    """∂L/∂v of one new neuron at v = 0 by central differences of the loss."""
+    found = torch.zeros(c, dtype=torch.float64)
+    for i in range(c):
+        losses = []
+        for size in (1e-5, -1e-5):
+            v = torch.zeros(c, dtype=torch.float64)
+            v[i] = size
+            with widened(model, sprout(model, layer, w, v)):
+                losses.append(probe.loss(model, "fitted"))
+        found[i] = (losses[0] - losses[1]) / 2e-5
+    return found
+
+
+@pytest.mark.parametrize(("name", "layer_name"), LAYERS)
+def test_gains_are_the_slopes_of_the_loss(name, layer_name):
+    """Along v with the existing weights rebalanced, by finite differences; the features' norm from inputs seen."""
+    model, probe = ZOO[name].make(samples=4)
+    layer = only(model, probe, layer_name)
+    bed = Seedbed(model, layer, probe, 6, BYTES)
+    w = candidates(bed, None, 0)
+    measured = bed.measure(w)
+    for k in (0, 5):
+        seen = inputs_of_consumers(model, layer, probe, w[k])
+        assert float(measured.norm[k]) == pytest.approx(seen, rel=1e-10)
+        for i in {0, bed.c // 2, bed.c - 1}:
+            unit = torch.zeros(bed.c, dtype=torch.float64)
+            unit[i] = 1.0
+            others, biases = rebalance(bed.readers, measured.combination[:, k], unit)
+            move = Sprout(layer.name, w[k], unit, others=others, biases=biases)
+            losses = []
+            for size in (1e-5, -1e-5):
+                changes = {key: getattr(move, key) * size for key in ("outgoing", "others", "biases")}
+                with widened(model, GrowthPlan((layer,), (replace(move, **changes),), "")):
+                    losses.append(probe.loss(model, "fitted"))
+            slope = (losses[0] - losses[1]) / 2e-5
+            if any("conv" in type(model.get_submodule(c.name)).__name__.lower() for c in layer.consumers):
+                continue  # a kernel has other weights at the border, where the constant's combination differs
+            if any(c.stride > 1 for c in layer.consumers):
+                continue
+            assert slope == pytest.approx(float(measured.gain[k, i]), rel=1e-5, abs=1e-8)
+
+
+def inputs_of_consumers(model, layer, probe, w):
+    """Mean over samples of the squares of what consumers read of one new neuron, by forward hooks."""
+    c = Seedbed(model, layer, probe, 1, BYTES).c
+    total, places = [0.0], {c.name: c for c in layer.consumers}
+
+    def hook(name):
+        def add(module, inputs):
+            axis = 1 - module.weight.ndim
+            where = places[name]
+            block = inputs[0].narrow(axis, where.start + layer.width * where.stride, where.stride)
+            total[0] += float(block.square().sum())
+
+        return add
+
+    with widened(model, sprout(model, layer, w, torch.zeros(c))):
+        hooks = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in places]
+        try:
+            probe.loss(model, "fitted")
+        finally:
+            for item in hooks:
+                item.remove()
+    return total[0] / probe.samples("fitted")
+
+
+@pytest.mark.parametrize("name", ["conv+bn", "flatten", "conv1d", "conv3d"])
+def test_gains_of_kernels_and_positions_are_slopes_too(name):
+    """Without rebalancing, the raw gain of every outgoing weight."""
+    model, probe = ZOO[name].make(samples=4)
+    for layer in growable(model, probe):
+        bed = Seedbed(model, layer, probe, 2, BYTES)
+        w = candidates(bed, None, 0)
+        bed.known.zero_()
+        gain = bed.measure(w).gain
+        assert torch.allclose(
+            gain[1].double(), slope_in_outgoing(model, layer, probe, w[1], bed.c), rtol=1e-5, atol=1e-8
+        )
+
+
+@pytest.mark.parametrize(("name", "layer_name"), LAYERS)
+def test_the_slope_of_the_score_is_that_of_finite_differences(name, layer_name):
+    model, probe = ZOO[name].make(samples=6)
+    bed = Seedbed(model, only(model, probe, layer_name), probe, 4, BYTES)
+    w = candidates(bed, None, 1)
+    at = bed.measure(w)
+    along = torch.randn(w.shape, dtype=w.dtype, generator=torch.Generator().manual_seed(0))
+
+    def log_score(size):
+        found = bed.measure(w + size * along)
+        return (found.gain.square().sum(1) / found.left.diagonal()).log()
+
+    expected = (log_score(1e-6) - log_score(-1e-6)) / 2e-6
+    assert torch.allclose((bed.slope(w, at) * along).sum(1), expected, rtol=1e-3, atol=1e-4)
+
+
+# --- how neurons are chosen ------------------------------------------------------------------------------------------
+
+
+def residual(features, y):
+    """Sum of squares that least squares leaves."""
+    return float((y - features @ torch.linalg.lstsq(features, y).solution).square().sum())
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_the_greedy_choice_is_that_of_explicit_least_squares(outputs):
+    model, probe = settled(outputs)
+    x, y = probe.fitted[0]
+    bed = Seedbed(model, only(model, probe, "0"), probe, 12, BYTES)
+    w = candidates(bed, None, 0)
+    chosen, explained = select(bed.measure(w), 5)
+    features = torch.cat([model[:2](x).detach(), torch.ones_like(x[:, :1])], dim=1)
+    new = torch.tanh(F.linear(x, w[:, :-1], w[:, -1]))
+    scale = 4 / (outputs**2 * len(x))  # g is the gradient of a mean over outputs and samples, ‖φ⊥‖² a mean over samples
+    for picked, gain in zip(chosen.tolist(), explained.tolist(), strict=True):
+        before = residual(features, y)
+        reductions = [before - residual(torch.cat([features, new[:, [k]]], dim=1), y) for k in range(len(w))]
+        assert picked == max(range(len(w)), key=lambda k: reductions[k])
+        assert gain == pytest.approx(scale * reductions[picked], rel=1e-8)
+        features = torch.cat([features, new[:, [picked]]], dim=1)
+
+
+def test_repeated_features_are_chosen_once():
+    model, probe = settled()
+    bed = Seedbed(model, only(model, probe, "0"), probe, 8, BYTES)
+    w = candidates(bed, None, 0)[:2].repeat(4, 1)
+    chosen, _ = select(bed.measure(w), 8)
+    assert sorted(k % 2 for k in chosen.tolist()) == [0, 1]
+    existing = torch.cat([model[0].weight, model[0].bias[:, None]], dim=1).detach()
+    assert not len(select(bed.measure(existing), 3)[0])  # nothing new in them
+    assert 0 < THRESHOLD < 1
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv+bn", "gated"])
+def test_ascent_never_lowers_a_score(name):
+    model, probe = ZOO[name].make()
+    for layer in growable(model, probe):
+        bed = Seedbed(model, layer, probe, 10, BYTES)
+        w = candidates(bed, None, 0)
+        before = bed.measure(w).scores
+        after = bed.measure(ascend(bed, w, before)).scores
+        assert bool((after >= before * (1 - 1e-9)).all())
+        assert bool((after > before).any())
+
+
+# --- what it brings --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+@pytest.mark.parametrize("wanted", [1, 4])
+def test_the_prediction_is_exact_for_a_linear_read_out_under_the_squared_error(outputs, wanted):
+    model, probe = settled(outputs)
+    layer = only(model, probe, "0")
+    moves = sized(model, [layer], pursue(model, layer, probe, wanted, max_bytes=BYTES).sprouts(), probe)
+    assert len(moves) == wanted
+    plan = searched(model, GrowthPlan((layer,), moves, ""), probe)
+    assert plan.step == 1
+    assert plan.fitted_decrease == pytest.approx(plan.predicted_decrease, rel=1e-6)
+    for step, decrease in plan.step_search:
+        assert decrease == pytest.approx(plan.predicted_decrease * step * (2 - step), rel=1e-6, abs=1e-12)
+    x, y = probe.fitted[0]
+    w = torch.stack([move.incoming for move in plan.moves])
+    new = torch.tanh(F.linear(x, w[:, :-1], w[:, -1]))
+    features = torch.cat([model[:2](x).detach(), torch.ones_like(x[:, :1]), new], dim=1)
+    best = residual(features, y) / y.numel()  # all outgoing weights and biases at their optimum
+    assert probe.loss(model, "fitted") - plan.fitted_decrease == pytest.approx(best, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_every_layer_gets_sprouts_or_is_refused(name):
+    model, probe = ZOO[name].make()
+    before, state = picture(prepared(model, probe), []), torch.get_rng_state()
+    for layer in growable(model, probe):
+        if name == "inverted bottleneck":
+            with pytest.raises(UnsupportedLayerError, match="no kernel for its depthwise convolution"):
+                pursue(model, layer, probe, 2, max_bytes=BYTES)
+            continue
+        geometry = measure_geometry(model, probe, [layer])[layer.name]
+        found = [pursue(model, layer, probe, 2, geometry, max_bytes=BYTES).sprouts() for _ in range(2)]
+        moves = sized(model, [layer], found[0], probe)
+        assert 0 < len(moves) <= 2
+        for first, second in zip(*found, strict=True):
+            assert torch.equal(first.incoming, second.incoming)
+            assert torch.equal(first.outgoing, second.outgoing)
+        plan = searched(model, GrowthPlan((layer,), moves, ""), probe)
+        assert plan.fitted_decrease > 0
+        assert plan.predicted_decrease <= probe.loss(model, "fitted") * (1 + 1e-9)
+    assert_untouched(before, model, [])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def prepared(model, probe):
+    """The model with gradients, so that it can be seen whether they stay."""
+    mse(model.eval(), probe.fitted[0]).backward()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    return model
+
+
+@pytest.mark.parametrize("moves", ["sprouts", "mixed"])
+@pytest.mark.parametrize("name", ZOO)
+def test_plans_grow_as_they_say(name, moves):
+    model, probe = ZOO[name].make()
+    before = picture(prepared(model, probe), [])
+    policy = GrowthPolicy(max_neurons=4, moves=moves)
+    plan = plan_growth(model, measure_geometry(model, probe), probe, policy)
+    assert_untouched(before, model, [])
+    if not plan:
+        assert "would not help" in plan.reason
+        return
+    assert "held-out decrease of" in plan.reason
+    assert sum(move.added for move in plan.moves) <= 4
+    assert all(move.reason for move in plan.moves)
+    start = probe.loss(model, "fitted"), probe.loss(model, "held_out")
+    event = grow(model, plan, probe=probe)
+    assert event.realised_fitted == pytest.approx(plan.fitted_decrease, rel=1e-9)
+    assert event.realised_held_out == pytest.approx(plan.held_out_decrease, rel=1e-9)
+    assert start[1] - probe.loss(model, "held_out") > 0
+
+
+# --- the planner -----------------------------------------------------------------------------------------------------
+
+
+def deep(seed=0):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    batches = data(40, 40)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    train(model, optimizer, batches * 200)
+    return model, optimizer, Probe(batches, mse), batches
+
+
+@pytest.mark.parametrize("moves", ["sprouts", "mixed"])
+@pytest.mark.parametrize("limits", [{"max_neurons": 3}, {"max_parameters": 75}, {"max_ratio": 1.3}, {"max_neurons": 0}])
+def test_budgets_are_respected(moves, limits):
+    model, _, probe, _ = deep()
+    parameters = count_parameters(model)
+    policy = GrowthPolicy(moves=moves, **limits)
+    plan = plan_growth(model, measure_geometry(model, probe), probe, policy)
+    with widened(model, plan):
+        grown = count_parameters(model)
+    assert grown <= (policy.max_parameters or grown)
+    assert grown <= parameters * (policy.max_ratio or 2)
+    assert sum(move.added for move in plan.moves) <= (99 if policy.max_neurons is None else policy.max_neurons)
+    if policy.max_neurons == 0:
+        assert plan.reason == "the budget allows no new neuron"
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adam, lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9)])
+def test_half_and_half_grows_with_optimizer_state_and_trains_on(make, monkeypatch):
+    model, _, probe, batches = deep()
+    optimizer = make(model.parameters(), lr=1e-3)
+    train(model, optimizer, batches)
+    only_half = lambda model, plans, probe: replace(plans["half and half"], reason="half and half")  # noqa: E731
+    monkeypatch.setattr(mixture, "_chosen", only_half)
+    plan = plan_growth(model, measure_geometry(model, probe), probe, GrowthPolicy(moves="mixed", max_neurons=4))
+    assert {type(move) for move in plan.moves} == {Split, Sprout}
+    assert plan.offset
+    assert plan.step
+    before = probe.loss(model)
+    event = grow(model, plan, optimizer, probe=probe)
+    assert event.drift <= 1e-12
+    assert event.realised_fitted == pytest.approx(plan.fitted_decrease, rel=1e-9)
+    assert [id(p) for group in optimizer.param_groups for p in group["params"]] == [id(p) for p in model.parameters()]
+    assert all(value.shape == p.shape for p, s in optimizer.state.items() for value in s.values() if value.ndim)
+    train(model, optimizer, batches * 50)
+    assert probe.loss(model) < before
+
+
+def test_a_failure_in_the_middle_leaves_the_model_as_it_was(monkeypatch):
+    model, optimizer, probe, _ = deep()
+    geometry, before, calls = measure_geometry(model, probe), picture(model, [optimizer]), itertools.count()
+
+    def failing(*arguments):
+        raise KeyError
+
+    for place in ((Probe, "traces"), (pursuit, "ascend"), (pursuit.LossCurvature, "product"), (Probe, "losses")):
+        with monkeypatch.context() as patch, pytest.raises(KeyError):
+            patch.setattr(*place, failing)
+            plan_growth(model, geometry, probe, GrowthPolicy(moves="mixed"))
+        assert_untouched(before, model, [optimizer])
+        next(calls)
+    assert next(calls) == 4
+
+
+def test_a_grower_mixes_moves_where_it_is_told_to():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1))
+    x = torch.rand(256, 2) * 2 - 1
+    y = torch.sin(3 * x[:, :1]) * torch.cos(2 * x[:, 1:])
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    policy = GrowthPolicy(window=100, max_events=1, max_overhead=None, moves="mixed")
+    grower = Grower(model, optimizer, mse, policy, progress=False)
+    for _ in range(900):
+        for batch in zip(x.split(64), y.split(64), strict=True):
+            optimizer.zero_grad()
+            loss = mse(model, batch)
+            loss.backward()
+            optimizer.step()
+            event = grower.step(batch, loss)
+            if event is not None and event.grown:
+                assert "held-out decrease of" in str(event)
+                return
+    raise AssertionError("it never grew")
+
+
+def test_an_unknown_choice_of_moves_is_refused():
+    with pytest.raises(SplitWatchError, match=r'moves: required "splits", "sprouts" or "mixed", found .leaps.'):
+        GrowthPolicy(moves="leaps")
