@@ -84,10 +84,5 @@ def test_hessian_products_are_those_of_other_libraries(curvature):
 
 @PEERS_WARN
 @pytest.mark.slow
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="the solver takes a neighbouring eigenvalue for the extreme one in 0.2 % of cases",
-)
 def test_float32_curvatures_are_those_of_float64(curvature):
     assert all(claims(curvature, "all networks").values())

@@ -120,7 +120,7 @@ def measured(name, rank=None):
     model, probe = NETWORKS[name](), ragged_probe(rank)
     layers = [layer for layer in find_hidden_layers(model, probe) if layer.growable]
     geometry = measure_geometry(model, probe, layers)
-    plan = plan_growth(model, geometry, probe, layers=layers)
+    plan = plan_growth(model, geometry, probe, GrowthPolicy(moves="splits"), layers=layers)
     narrow = narrow_verdict(model, probe, tested=True)
     dense = {layer.name: (inner_hessian(model, layer, probe), coupling(model, layer, probe)) for layer in layers[1:]}
     verdicts = [diagnose_splits(model, probe, layer, 1, [(0.5, 0.5), (2.0, -1.0)]) for layer in layers[1:]]

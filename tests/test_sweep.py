@@ -61,7 +61,7 @@ def test_what_does_not_fit_is_captured_anew_with_the_same_result(name):
     assert kept.keys() == anew.keys()
     for layer in kept:
         for field in ("min_eigenvalue", "max_eigenvalue", "coupling_norm", "escape_eigenvalue", "escape_interval"):
-            torch.testing.assert_close(getattr(anew[layer], field), getattr(kept[layer], field), rtol=1e-6, atol=1e-9)
+            torch.testing.assert_close(getattr(anew[layer], field), getattr(kept[layer], field), rtol=1e-5, atol=1e-7)
 
 
 def test_layers_go_together_as_far_as_they_fit():

@@ -17,7 +17,7 @@ from splitwatch.records import SplitWatchError
 
 _FIRST_CHECK = 4
 _ROOM = 16  # vectors an operator, for which room is made at first
-_SAFETY = 0.3  # a residual at the tolerance is near some eigenvalue; at a third of it that is hardly ever another one
+_SAFETY = 0.5  # a residual just below the tolerance is now and then that of another eigenvalue than the extreme one
 _COARSE = 0.1  # residual, relative to the operator's size, at which a minimum is known well enough to be ranked
 
 

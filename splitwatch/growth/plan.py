@@ -16,6 +16,7 @@ from splitwatch.growth.policy import GrowthPolicy
 from splitwatch.growth.search import NO_ROOM, Candidate, confirmed_plan, searched, stretch, within_budget
 from splitwatch.layers import find_hidden_layers, select_layers
 from splitwatch.probe import Probe
+from splitwatch.ranks import rank_count
 from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, Split, SplitWatchError
 
 
@@ -63,7 +64,7 @@ def plan_growth(
     moves = within_budget(model, layers, confirmed, policy)
     reason = f"{len(moves)} of {len(candidates)} neurons split" if confirmed else _why_none(candidates)
     plan = GrowthPlan(layers, moves, reason)
-    if policy.moves != "splits":
+    if policy.moves != "splits" and rank_count() == 1:
         return mix(model, plan, geometry, probe, policy)
     if not confirmed:
         return plan

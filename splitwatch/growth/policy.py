@@ -22,7 +22,8 @@ class GrowthPolicy:
         coefficients: "auto" splits equally, and by signed coefficients where equal ones let no neuron descend; "equal",
             "signed"; or the coefficients themselves, k numbers that sum to 1.
         moves: "splits" of neurons; "sprouts", new neurons found by residual pursuit; or "mixed", splits, as many
-            sprouts, or half of each, whichever decreases the loss most on the held-out half.
+            sprouts, or half of each, whichever decreases the loss most on the held-out half. Several processes agree on
+            splits only so far.
         cap: bound on Σ|λ| of signed coefficients; long negative coefficients lead to ever sharper regions.
         window: training steps the detector looks back over; also the least distance between two measurements.
         tolerance: improvement over a window, relative to the loss scale, that still counts as none.
