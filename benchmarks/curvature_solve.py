@@ -33,7 +33,7 @@ class Layers:
     def spectra(self, max_bytes: int = MAX_BYTES) -> list[ExtremeEigenpairs]:
         """Both ends of every layer, capturing and preparing included."""
         sweep = Sweep(self.case.model, self.probe, self.layers, "fitted", max_bytes)
-        return [both_ends(curvature, max_bytes) for curvature in sweep.curvatures()]
+        return [both_ends(curvature, max_bytes // 2) for curvature in sweep.curvatures()]
 
 
 def probe(case: Case) -> Probe:

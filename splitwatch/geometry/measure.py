@@ -46,7 +46,7 @@ def measure_geometry(
         wanted: how many neurons of a layer a decision can take; escapes of the others are left at 10 % as soon as it
             is clear that they are not among the lowest. By default all are iterated to ``tolerance``.
         max_bytes: bound on what is kept in memory beside the model's own forward and backward pass on one batch, and
-            again on the solver's vectors.
+            half of it again on the solver's vectors.
         seed: of the solver's start vectors.
 
     Raises:
@@ -153,7 +153,7 @@ def _fit(
     """What the fitted half says of a layer, by the names of ``LayerGeometry``."""
     v, d, c, across = curvature.outgoing, curvature.d, curvature.c, Across.of(curvature)
     like = {"m": len(v), "dtype": v.dtype, "device": v.device}
-    solve = partial(extreme_eigenpairs, **like, tolerance=tolerance, max_bytes=max_bytes, seed=seed)
+    solve = partial(extreme_eigenpairs, **like, tolerance=tolerance, max_bytes=max_bytes // 2, seed=seed)
     start = curvature.mean_input()
     inner = solve(InnerHessian(curvature), n=d, start=start)
     gram = solve(CouplingGram(curvature, across), n=d, ends="max", start=start)

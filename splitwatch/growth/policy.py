@@ -35,7 +35,7 @@ class GrowthPolicy:
             where a measurement takes as long as thousands of steps. A measurement that ends in growth does not count,
             and a run that may grow is held back only after a minute of measurements that came to nothing.
         max_bytes: memory that a measurement may keep beside the model's own forward and backward pass on one batch, and
-            once more for the solver's vectors; what does not fit is computed again instead.
+            half of it again for the solver's vectors; what does not fit is computed again instead.
     """
 
     layers: Sequence[str] | None = None
