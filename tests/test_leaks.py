@@ -102,7 +102,7 @@ def test_measurements_leave_nothing_in_memory(build):
     finally:
         tracemalloc.stop()
         gc.unfreeze()
-    assert max(ledger.tensors) - min(ledger.tensors) <= 4  # two for each move that was planned last
+    assert slope(ledger.tensors, 10) < 0.05  # how many there are hangs on the moves that were planned last
     assert slope(ledger.blocks, 10) < 10
     assert slope(ledger.traced) < 1000
     assert slope(ledger.resident, 10) < 10_000
