@@ -274,6 +274,13 @@ def test_dense_operator_returns_the_matrices_as_they_are():
     assert torch.equal(raw, matrices)
 
 
+def test_dense_operators_that_are_not_finite_are_named():
+    matrices = torch.eye(3).repeat(4, 1, 1)
+    matrices[2, 0, 1] = float("nan")
+    with pytest.raises(SplitWatchError, match=r"1 of 4 operators \(first rows: \[2\]\)"):
+        dense_operator(product_of(matrices), 4, 3, dtype=torch.float32, device="cpu")
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     eigenvalues=st.lists(st.floats(-1, 1, allow_subnormal=False), min_size=1, max_size=45),

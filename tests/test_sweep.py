@@ -135,3 +135,13 @@ def test_large_batches_are_captured_piece_by_piece_with_the_same_result():
         u = torch.randn(one.layer.width, one.d, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         close(cut.hessian(u), one.hessian(u))
         close(cut.coupling(u), one.coupling(u))
+
+
+def test_both_halves_keep_within_the_memory_bound():
+    model, probe = ZOO["mlp"].make(samples=6)
+    pieces = {}
+    traces = probe.traces
+    probe.traces = lambda model, layers, half, n: pieces.setdefault(half, n) and traces(model, layers, half, n)
+    measure_geometry(model, probe, max_bytes=1000)
+    assert pieces.keys() == {"fitted", "held_out"}
+    assert min(pieces.values()) > 1

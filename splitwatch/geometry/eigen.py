@@ -1,8 +1,8 @@
 """Extreme eigenpairs of many symmetric operators at once, from products alone; never sees a model.
 
-Lanczos with full reorthogonalisation, one starting vector an operator, all in step (Golub & Van Loan, Matrix
-Computations, ch. 10). An operator stops by itself; once a quarter of those that remain have stopped, products go on for
-the others only. No epsilon is absolute. In the shapes m counts the operators, n their dimension.
+Lanczos with partial reorthogonalisation, one starting vector an operator, all in step (Golub & Van Loan, Matrix
+Computations, ch. 10; Simon 1984). An operator stops by itself; once a quarter of those that remain have stopped,
+products go on for the others only. No epsilon is absolute. In the shapes m counts the operators, n their dimension.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from splitwatch.geometry.krylov import Operators, Ritz, Scaled, Screen, lanczos, scaled
+from splitwatch.geometry.krylov import Operators, Ritz, Scaled, Screen, assert_finite, lanczos, scaled
 from splitwatch.records import SplitWatchError
 
 Product = Callable[[Tensor], Tensor]
@@ -98,18 +98,16 @@ def extreme_eigenpairs(
     size = max(1, m if max_bytes is None else min(m, max_bytes // each))
     screen = Screen(m, wanted if ends == "min" else None)
     random = torch.nn.functional.normalize(torch.randn(m, n, generator=torch.Generator().manual_seed(seed)))
+    leaning = None if start is None else start.expand(m, n)
     found = Ritz.empty(m, n, random[:0].to(device, dtype))
     products = 0
     with torch.autocast(torch.device(device).type, enabled=False):
         for first in range(0, m, size):
             rows = torch.arange(first, min(first + size, m))
             operators = scaled(product, m, None if len(rows) == m else rows.to(device))
-            vectors = random[rows].to(device, dtype) * (1 if start is None else _GENERIC)
-            vectors = (
-                vectors
-                if start is None
-                else vectors + (start if start.ndim == 1 else start[rows.to(start.device)]).to(vectors)
-            )
+            vectors = random[rows].to(device, dtype)
+            if leaning is not None:
+                vectors = _GENERIC * vectors + leaning[first : first + len(rows)].to(vectors)
             vectors /= vectors.norm(dim=1, keepdim=True)
             part = found.part(first, first + len(rows))
             if n <= min(_DENSE_DIMENSION, limit):
@@ -121,7 +119,9 @@ def extreme_eigenpairs(
 
 def dense_operator(product: Product, m: int, n: int, *, dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """The matrices (m, n, n) of the operators, column by column, in n products; not symmetrised."""
-    return _dense(scaled(product, m, None), m, torch.eye(n, dtype=dtype, device=device))
+    matrices = _dense(scaled(product, m, None), m, torch.eye(n, dtype=dtype, device=device))
+    assert_finite(matrices.flatten(1))
+    return matrices
 
 
 def _dense(operators: Scaled, m: int, units: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def measure_geometry(
     for curvature in Sweep(model, probe, chosen, "fitted", max_bytes).curvatures():
         fits[curvature.layer.name] = _fit(curvature, tolerance, wanted, max_bytes, seed)
         del curvature  # before the next one is made
-    checks = _check(Sweep(model, probe, chosen, "held_out"), fits, confidence)
+    checks = _check(Sweep(model, probe, chosen, "held_out", max_bytes), fits, confidence)
     return {name: LayerGeometry(name, **fit, **checks[name]) for name, fit in fits.items()}
 
 
