@@ -46,6 +46,11 @@ def cut(batch: Batch, parts: int) -> list[Batch]:
     return [batch] if parts == 1 else [select_samples(batch, torch.arange(i, size, parts)) for i in range(parts)]
 
 
+def in_pieces(batches: Sequence[Batch], parts: int) -> list[Batch]:
+    """Every batch cut into parts, as far as its samples allow."""
+    return [piece for batch in batches for piece in cut(batch, parts)]
+
+
 def select_samples(batch: Batch, rows: Tensor) -> Batch:
     """The batch with only some of its samples; everything that is not a per-sample tensor is kept."""
     size = batch_size(batch)

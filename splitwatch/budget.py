@@ -82,10 +82,9 @@ class Budget:
         The first time that it may not, a warning is logged. ``probe`` is the number of samples in the probe relative to
         all that were trained on, for the estimate of what was never measured.
         """
-        expected = self.expected(kind, probe)
         if self.share is None:
             return True
-        limit = self.share * self.training
+        expected, limit = self.expected(kind, probe), self.share * self.training
         begun = max(expected, self.inside)
         fits = self.spent <= limit + CREDIT if self.growing else self.spent + begun <= limit
         if not fits and not self._told:

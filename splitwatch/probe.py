@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from splitwatch.anatomy import Anatomy, plain_module
-from splitwatch.batches import Batch, batch_size, cut, halve, shares
+from splitwatch.batches import Batch, batch_size, halve, in_pieces, shares
 from splitwatch.linear_map import LinearMap
 from splitwatch.precision import Uncast, upcast
 from splitwatch.ranks import share_of, summed_number
@@ -101,7 +101,7 @@ class Probe:
         Batches are cut where there are fewer than ``at_least``, as far as their samples allow.
         """
         batches = self.half(half)
-        pieces = [piece for batch in batches for piece in cut(batch, -(-at_least // len(batches)))]
+        pieces = in_pieces(batches, -(-at_least // len(batches)))
         values = torch.tensor(self._losses(model, pieces), dtype=torch.float64)
         if finite:
             self._finite(float(values.sum()))
@@ -121,8 +121,7 @@ class Probe:
         """
         parameters = [p for p in model.parameters() if p.requires_grad]
         batches = self.half("all")
-        parts = -(-at_least // len(batches))
-        for batch in (piece for whole in batches for piece in cut(whole, parts)):
+        for batch in in_pieces(batches, -(-at_least // len(batches))):
             with undisturbed(model), torch.enable_grad():
                 loss = self._checked(self._run(model, batch))
                 grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
@@ -185,13 +184,13 @@ class Probe:
         self, model: nn.Module, layers: Sequence[HiddenLayer], half: str, pieces: int = 1
     ) -> Iterator[dict[str, LayerTrace]]:
         """What every layer sees, by its name, on one batch after another, each cut into ``pieces`` where it can be."""
-        batches = [piece for batch in self.half(half) for piece in cut(batch, pieces)]
+        batches = in_pieces(self.half(half), pieces)
         for batch, share in zip(batches, shares(batches), strict=True):
             yield self._traces(model, layers, batch, share)
 
     def footprint(self, model: nn.Module, half: str) -> tuple[int, int]:
         """Bytes of all that the loss of a half's largest batch computes, and of the largest tensor among it."""
-        with undisturbed(model), torch.no_grad(), torch.compiler.set_stance("force_eager"), Footprint() as seen:
+        with undisturbed(model), torch.no_grad(), Footprint() as seen:
             self._checked(self._run(model, max(self.half(half), key=batch_size)))
         return seen.total, seen.largest
 

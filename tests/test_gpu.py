@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from test_devices import split_first
 from test_lightning import POLICY, fit
-from test_precision import altered, assert_close, numbers, under_autocast
+from test_precision import altered, assert_close, numbers, train_scaled, under_autocast
 from test_probe import PROBING, assert_unchanged, make, picture
 from torch import nn
 from zoo import ZOO, mse
@@ -143,14 +143,7 @@ def test_a_scaler_and_a_grower_in_one_loop():
     optimizer, scaler = torch.optim.Adam(model.parameters(), lr=1e-2, fused=True), torch.amp.GradScaler("cuda")
     loss_fn = under_autocast(mse, torch.float16, "cuda")
     grower = Grower(model, optimizer, loss_fn, GrowthPolicy(window=50, max_events=1), progress=False)
-    for _ in range(1500):
-        rows = torch.randint(512, (64,), device="cuda")
-        optimizer.zero_grad()
-        loss = loss_fn(model, (x[rows], y[rows]))
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        grower.step((x[rows], y[rows]), loss)
+    train_scaled(grower, scaler, x, y, 1500)
     assert grower.events
     assert all(event.drift <= 1e-6 for event in grower.events if event.grown)
 

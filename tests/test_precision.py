@@ -32,6 +32,19 @@ def under_autocast(loss_fn, dtype, device="cpu"):
     return loss
 
 
+def train_scaled(grower, scaler, x, y, steps):
+    """A plain loop with a gradient scaler and a grower in it."""
+    (optimizer,) = grower.optimizers
+    for _ in range(steps):
+        rows = torch.randint(len(x), (64,), device=x.device)
+        optimizer.zero_grad()
+        loss = grower.loss_fn(grower.model, (x[rows], y[rows]))
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        grower.step((x[rows], y[rows]), loss)
+
+
 def altered(probe, loss_fn=None, of=lambda part: part):
     """The probe with another loss function, or other batches in their place."""
     other = copy.copy(probe)
@@ -353,14 +366,7 @@ def test_a_scaler_beside_the_grower():
     optimizer, scaler = torch.optim.Adam(model.parameters(), lr=1e-2), torch.amp.GradScaler("cpu")
     loss_fn = under_autocast(mse, torch.bfloat16)
     grower = Grower(model, optimizer, loss_fn, GrowthPolicy(window=50, max_events=1), progress=False)
-    for _ in range(600):
-        rows = torch.randint(256, (64,))
-        optimizer.zero_grad()
-        loss = loss_fn(model, (x[rows], y[rows]))
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        grower.step((x[rows], y[rows]), loss)
+    train_scaled(grower, scaler, x, y, 600)
     assert any(event.grown for event in grower.events)
     assert all(event.drift < 1e-6 for event in grower.events if event.grown)
     assert max(grower.detector.means, default=0.0) < 2

@@ -55,10 +55,8 @@ def _finite_probe(probe: Probe, geometry: Mapping[str, LayerGeometry]) -> str:
     undecided = sum(item.shares["undecided"] * len(item.min_eigenvalue) for item in geometry.values())
     if undecided < 0.5 * neurons or not neurons:
         return ""
-    samples, bounds = (
-        int(summed_number(probe.samples())),
-        torch.cat([item.interval.double().cpu() for item in geometry.values()]),
-    )
+    samples = int(summed_number(probe.samples()))
+    bounds = torch.cat([item.interval.double().cpu() for item in geometry.values()])
     mean, width = bounds.mean(1).abs(), (bounds[:, 1] - bounds[:, 0]) / 2
     needed = float((samples * (width / mean).square())[width > mean].median())  # the bounds close in as 1 / √samples
     advice = f"; about {float(f'{needed:.1g}'):,.0f} would tell in half of them" if needed < 1e9 else ""

@@ -22,10 +22,9 @@ from torch import Tensor
 
 from splitwatch.geometry.response import Pattern, Response
 from splitwatch.geometry.weights import extract_columns, insert_columns, outgoing_weights
-from splitwatch.linear_map import LinearMap
 from splitwatch.probe import LayerTrace
 from splitwatch.ranks import summed
-from splitwatch.records import Consumer, HiddenLayer
+from splitwatch.records import HiddenLayer
 
 
 class InnerCurvature:
@@ -78,36 +77,25 @@ class InnerCurvature:
         """Outgoing directions (k, c) → the cotangents they put on the consumers' inputs."""
         if self._scattered is not None:
             v = v.new_zeros(self.trace.layer.width, v.shape[1]).index_copy_(0, self._scattered, v)
-        parts = v.split(self.out_sizes, dim=1)
-        return tuple(
-            consumer.input_gradient(insert_columns(part, *self._place(where, consumer, len(v))), signal)
-            for (where, consumer, signal), part in zip(self._readers(), parts, strict=True)
-        )
+        items = zip(self.trace.layer.consumers, self.trace.consumers, self.trace.signals, strict=True)
+        cotangents = []
+        for (where, consumer, signal), part in zip(items, v.split(self.out_sizes, dim=1), strict=True):
+            outputs, inputs, *kernel = consumer.weight_shape
+            start, inputs = (0, len(v) * where.stride) if self.response.narrow else (where.start, inputs)
+            weight = insert_columns(part, torch.Size([outputs, inputs, *kernel]), start, where.stride)
+            cotangents.append(consumer.input_gradient(weight, signal))
+        return tuple(cotangents)
 
     def collect(self, h: Sequence[Tensor]) -> Tensor:
         """The adjoint of ``spread``: gradients ⟨e, V h⟩ in the outgoing weights, (k, c)."""
-        parts = []
-        for (where, consumer, signal), value in zip(self._readers(), h, strict=True):
-            k = value.shape[consumer.channel_axis] // where.stride if self.response.narrow else self.trace.layer.width
-            _, start, stride = self._place(where, consumer, k)
-            parts.append(extract_columns(consumer.at(value).weight_gradient(signal), k, start, stride))
-        columns = torch.cat(parts, dim=1)
+        blocks = h if self.response.narrow else channels(self.trace, h, 0, self.trace.layer.width)
+        columns = outgoing_gradient(self.trace, blocks)
         return columns if self._scattered is None else columns[self._scattered]
 
     @property
     def _scattered(self) -> Tensor | None:
         """Where the k neurons stand among all m, if what the consumers read is held for all."""
         return None if self.response.narrow else self.response.rows
-
-    def _readers(self) -> Iterator[tuple[Consumer, LinearMap, Tensor]]:
-        return zip(self.trace.layer.consumers, self.trace.consumers, self.trace.signals, strict=True)
-
-    def _place(self, where: Consumer, consumer: LinearMap, k: int) -> tuple[torch.Size, int, int]:
-        """Shape of a consumer's weight as far as it is held, and where the columns of k neurons begin in it."""
-        if not self.response.narrow:
-            return consumer.weight_shape, where.start, where.stride
-        outputs, _, *kernel = consumer.weight_shape
-        return torch.Size([outputs, k * where.stride, *kernel]), 0, where.stride
 
     @property
     def in_sizes(self) -> list[int]:
@@ -154,6 +142,22 @@ class InnerCurvature:
         rows, size = q.movedim(axis, -1), self.trace.size
         grouped = rows.reshape(size, -1, rows.shape[-1]) if rows.shape[0] % size == 0 else rows.flatten(0, -2)[:, None]
         return grouped.sum(1) * (grouped.shape[0] / size)
+
+
+def channels(trace: LayerTrace, h: Sequence[Tensor], first: int, count: int) -> list[Tensor]:
+    """The channels of some neurons in what the consumers read."""
+    readers = zip(h, trace.layer.consumers, trace.consumers, strict=True)
+    return [x.narrow(m.channel_axis, c.start + first * c.stride, count * c.stride) for x, c, m in readers]
+
+
+def outgoing_gradient(trace: LayerTrace, blocks: Sequence[Tensor]) -> Tensor:
+    """∂L/∂v (k, c) of one batch's mean loss for neurons whose ``channels`` are these, whatever made them."""
+    parts = []
+    readers = zip(blocks, trace.layer.consumers, trace.consumers, trace.signals, strict=True)
+    for block, where, consumer, signal in readers:
+        gradient = consumer.at(block).weight_gradient(signal)
+        parts.append(extract_columns(gradient, gradient.shape[1] // where.stride, 0, where.stride))
+    return torch.cat(parts, dim=1)
 
 
 def incoming_sizes(trace: LayerTrace) -> list[int]:

@@ -20,7 +20,8 @@ from splitwatch.probe import LayerTrace
 
 Blocks = tuple[tuple[Tensor | None, ...], ...]
 
-_GRAPH = 6  # tensors that a graph holds for each of its ends
+GRAPH = 6
+"""Tensors that a path's graph holds for each of its ends, about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +135,7 @@ class Response:
     def nbytes(self) -> int:
         """What is kept in memory; of a graph a guess."""
         held = [x for blocks in (self.bends, self.slopes) for row in blocks or () for x in row if x is not None]
-        graph = 0 if self.graph is None else _GRAPH * sum(x.nbytes for x in (*self.graph.z, *self.graph.h))
+        graph = 0 if self.graph is None else GRAPH * sum(x.nbytes for x in (*self.graph.z, *self.graph.h))
         return sum(x.nbytes for x in held) + graph
 
     def restricted(self, rows: Tensor) -> Response:

@@ -41,8 +41,7 @@ class Sweep:
         half: "fitted", "held_out" or "all".
         max_bytes: what may be kept in memory at a time. Layers go together as far as they fit; one that does not fit
             by itself is captured anew for every product. A batch whose capture would take more than that is captured
-            piece by piece. Where several processes measure together, the one with
-            most to keep decides for all.
+            piece by piece. Where several processes measure together, the one with most to keep decides for all.
     """
 
     def __init__(

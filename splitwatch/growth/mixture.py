@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from splitwatch.growth.grow import count_parameters, widened
 from splitwatch.growth.policy import GrowthPolicy
 from splitwatch.growth.pursuit import Seedlings, proposals, pursue, sized
-from splitwatch.growth.search import NO_ROOM, parameter_limit, rejected, searched, within_budget
+from splitwatch.growth.search import NO_ROOM, fitting, parameter_limit, rejected, searched, within_budget
 from splitwatch.probe import Probe
 from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, Split, Sprout
 
@@ -45,8 +45,9 @@ def mix(
         room = sum(move.added for move in splits.moves[half:])
         variants["splits"] = splits.moves
         variants["half and half"] = (*splits.moves[:half], *_sprouts(model, found, order[:room], probe)) if half else ()
+    limit = parameter_limit(model, policy)
     plans = {
-        name: searched(model, replace(splits, moves=_fitting(model, layers, moves, policy)), probe)
+        name: searched(model, replace(splits, moves=fitting(model, layers, moves, limit)), probe)
         for name, moves in variants.items()
         if moves
     }
@@ -89,18 +90,6 @@ def _sprouts(model: nn.Module, found: Sequence[Seedlings], order: Sequence[Sprou
     moves = [move for part in parts for move in part]
     several = sum(map(bool, parts)) > 1
     return sized(model, [part.layer for part in chosen], moves, probe) if several else tuple(moves)
-
-
-def _fitting(
-    model: nn.Module, layers: tuple[HiddenLayer, ...], moves: Sequence[Move], policy: GrowthPolicy
-) -> tuple[Move, ...]:
-    """Moves without the last ones where the budgets allow fewer: neighbours that grow together cost more."""
-    limit = parameter_limit(model, policy)
-    for count in range(len(moves), 0, -1):
-        with widened(model, GrowthPlan(layers, tuple(moves[:count]), "")):
-            if count_parameters(model) <= limit:
-                return tuple(moves[:count])
-    return ()
 
 
 def _chosen(model: nn.Module, plans: Mapping[str, GrowthPlan], probe: Probe) -> GrowthPlan:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
 from splitwatch.geometry.narrow import LossCurvature
+from splitwatch.geometry.response import GRAPH
 from splitwatch.growth.grow import widened
 from splitwatch.growth.search import Candidate, scale
 from splitwatch.growth.seedbed import THRESHOLD, Measured, Reader, Seedbed, rebalance
@@ -31,7 +32,6 @@ REACHES = (0.3, 1.0)
 """Finite steps along split directions among the candidates, relative to the norm of the incoming weights."""
 ASCENT, RATE = 20, 0.1
 """Steps of gradient ascent, and how far one goes relative to the norm of the incoming weights."""
-_GRAPH = 6  # tensors that a graph holds for each of its ends
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,7 +110,7 @@ def _room(model: nn.Module, layer: HiddenLayer, probe: Probe, max_bytes: int) ->
     """How many candidates the graph of one batch may hold."""
     trace = next(iter(probe.traces(model, [layer], "fitted")))[layer.name]
     ends = [*trace.pre_activations(), *(consumer.input for consumer in trace.consumers)]
-    return max_bytes * layer.width // (_GRAPH * sum(x.nbytes for x in ends)) - layer.width
+    return max_bytes * layer.width // (GRAPH * sum(x.nbytes for x in ends)) - layer.width
 
 
 def candidates(bed: Seedbed, geometry: LayerGeometry | None, seed: int) -> Tensor:

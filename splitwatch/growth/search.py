@@ -56,14 +56,19 @@ def within_budget(
         if item.cost <= room and item.move.added <= neurons:
             chosen.append(item.move)
             room, neurons = room - item.cost, neurons - item.move.added
+    return fitting(model, layers, chosen, limit)
+
+
+def fitting(
+    model: nn.Module, layers: tuple[HiddenLayer, ...], moves: Sequence[Split | Sprout], limit: float
+) -> tuple[Split | Sprout, ...]:
+    """As many of the first moves as keep within so many parameters: neighbours that grow together cost more."""
 
     def exceeds(count: int) -> bool:
-        """Whether the first moves are too many: neighbours that grow together cost more than each alone."""
-        with widened(model, GrowthPlan(layers, tuple(chosen[:count]), "")):
+        with widened(model, GrowthPlan(layers, tuple(moves[:count]), "")):
             return count_parameters(model) > limit
 
-    allowed = bisect_left(range(1, len(chosen) + 1), True, key=exceeds)
-    return tuple(chosen[:allowed])
+    return tuple(moves[: bisect_left(range(1, len(moves) + 1), True, key=exceeds)])
 
 
 def stretch(move: Split, factor: float) -> Split:

@@ -23,8 +23,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from splitwatch.geometry.curvature import incoming_sizes, lift
-from splitwatch.geometry.weights import extract_columns, neuron_weights
+from splitwatch.geometry.curvature import channels, incoming_sizes, lift, outgoing_gradient
+from splitwatch.geometry.weights import neuron_weights
 from splitwatch.growth.grow import widened
 from splitwatch.probe import LayerTrace, Probe
 from splitwatch.records import GrowthPlan, HiddenLayer, Sprout
@@ -147,7 +147,7 @@ class Seedbed:
         with torch.no_grad():
             for bed in self.beds:
                 blocks = self._read(bed.trace, bed.standing, w)
-                gain += bed.share * self._gain(bed.trace, blocks)[:k].double()
+                gain += bed.share * outgoing_gradient(bed.trace, blocks)[:k].double()
                 phi, weight = _rows(bed.trace, blocks)[:, :k].double(), _weight(bed)
                 gram += weight * phi.T @ phi
                 cross += weight * phi.T @ bed.features.double()
@@ -167,7 +167,7 @@ class Seedbed:
                 leaf = w.detach().requires_grad_()
                 blocks = self._read(bed.trace, bed.standing, leaf)
                 phi = _rows(bed.trace, blocks)[:, : len(w)]
-                gain = bed.share * self._gain(bed.trace, blocks)[: len(w)]
+                gain = bed.share * outgoing_gradient(bed.trace, blocks)[: len(w)]
                 gain = gain - _weight(bed) * phi.T @ (bed.features @ self.known.to(w))
                 new = phi - bed.features @ at.combination.to(w)
                 value = (towards * gain).sum() - _weight(bed) * (new.square().sum(0) / left.to(w)).sum()
@@ -202,10 +202,10 @@ class Seedbed:
         m, axis = self.layer.width, trace.producers[0].channel_axis
         z = trace.pre_activations()
         standing = tuple(x.narrow(axis, 0, m).detach().clone() for x in z)
-        blocks = self._split(trace, trace.path(*z), 0, m)
+        blocks = channels(trace, trace.path(*z), 0, m)
         ones = [_ones_in(trace, blocks, i) for i, consumer in enumerate(trace.consumers) if consumer.has_bias]
         features = torch.cat([_rows(trace, part) for part in (blocks, *ones)], dim=1)
-        gain = torch.cat([self._gain(trace, part) for part in (blocks, *ones)])
+        gain = torch.cat([outgoing_gradient(trace, part) for part in (blocks, *ones)])
         return _Bed(trace, standing, features.detach(), gain.detach(), trace.share)
 
     def _read(self, trace: LayerTrace, standing: Sequence[Tensor], w: Tensor) -> list[Tensor]:
@@ -213,24 +213,7 @@ class Seedbed:
         w = torch.cat([w, w.new_zeros(self.count - len(w), self.d)])
         maps = zip(standing, lift(trace, w), trace.producers, strict=True)
         z = [torch.cat([old, new], dim=p.channel_axis) for old, new, p in maps]
-        return self._split(trace, trace.path(*z), self.layer.width, self.count)
-
-    @staticmethod
-    def _split(trace: LayerTrace, h: Sequence[Tensor], first: int, count: int) -> list[Tensor]:
-        """The channels of some neurons in the consumers' inputs."""
-        readers = zip(h, trace.layer.consumers, trace.consumers, strict=True)
-        return [x.narrow(m.channel_axis, c.start + first * c.stride, count * c.stride) for x, c, m in readers]
-
-    @staticmethod
-    def _gain(trace: LayerTrace, blocks: Sequence[Tensor]) -> Tensor:
-        """∂L/∂v of one batch's mean loss, (k, c)."""
-        parts = []
-        for block, where, consumer, signal in zip(
-            blocks, trace.layer.consumers, trace.consumers, trace.signals, strict=True
-        ):
-            gradient = consumer.at(block).weight_gradient(signal)
-            parts.append(extract_columns(gradient, gradient.shape[1] // where.stride, 0, where.stride))
-        return torch.cat(parts, dim=1)
+        return channels(trace, trace.path(*z), self.layer.width, self.count)
 
 
 def _channels_last(z: Sequence[Tensor], axes: Sequence[int]) -> list[Tensor]:
