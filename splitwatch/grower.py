@@ -104,8 +104,7 @@ class Grower:
         Returns:
             What happened, or None where nothing was measured.
         """
-        self.observe(batch, loss)
-        return self.act()
+        return self.act() if self.observe(batch, loss) else None
 
     def observe(self, batch: Batch, loss: Tensor | float) -> bool:
         """Take note of one training step; returns whether a measurement is due."""
