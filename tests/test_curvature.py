@@ -9,7 +9,7 @@ from splitwatch.geometry.dense import coupling, inner_hessian, layer_curvature
 from splitwatch.geometry.measure import measure_geometry
 from splitwatch.layers import find_hidden_layers
 from splitwatch.probe import Probe
-from splitwatch.records import SplitWatchError
+from splitwatch.records import SplitWatchError, UnsupportedLayerError
 
 torch.set_num_threads(1)
 
@@ -363,3 +363,14 @@ def test_cross_entropy_and_integer_targets():
         v_e = e @ model[2].weight
         expected = torch.einsum("nr,nr,ni,nj->rij", v_e, -2 * t * (1 - t * t), extended, extended) / 10
     assert_close(inner_hessian(model, "0", probe), expected)
+
+
+def test_all_that_discovery_finds_may_be_passed_on():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    probe = Probe([(torch.randn(8, 3), torch.randn(8, 2))], mse)
+    found = find_hidden_layers(model, probe)
+    assert [layer.growable for layer in found] == [True, False]
+    assert list(measure_geometry(model, probe, found)) == ["0"]
+    with pytest.raises(UnsupportedLayerError, match="2: cannot be widened: an output layer"):
+        measure_geometry(model, probe, found[1:])

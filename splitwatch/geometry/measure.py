@@ -64,9 +64,10 @@ def measure_geometry(
 def resolve_layers(
     model: nn.Module, probe: Probe, layers: Sequence[str] | Sequence[HiddenLayer] | None
 ) -> tuple[HiddenLayer, ...]:
-    """The hidden layers meant by a ``layers`` argument."""
+    """The hidden layers meant by a ``layers`` argument; of records from ``find_hidden_layers``, the growable ones."""
     if layers is not None and all(isinstance(layer, HiddenLayer) for layer in layers):
-        return tuple(layer for layer in layers if isinstance(layer, HiddenLayer))
+        records = [layer for layer in layers if isinstance(layer, HiddenLayer)]
+        return select_layers(records, None) or select_layers(records, [layer.name for layer in records])
     names = None if layers is None else [layer if isinstance(layer, str) else layer.name for layer in layers]
     return select_layers(find_hidden_layers(model, probe), names)
 
