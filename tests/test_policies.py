@@ -32,24 +32,26 @@ def repeated(batch, times=16):
 def definite_minimum(sign, activation=nn.Softplus):
     """A strict minimum of a network of one neuron and one output, its inner Hessian definite of a given sign.
 
-    The residuals are σ'' as far as that is orthogonal to all slopes of the output, which makes S = E[(v·e) σ'' x xᵀ]
-    definite for some weights, and small, so that the Gauss-Newton part makes the point a strict minimum.
+    The residuals are ± σ'' |x|² as far as that is orthogonal to all slopes of the output, which drives the trace of
+    S = E[(v·e) σ'' x xᵀ] to that sign, and small, so that the Gauss-Newton part makes the point a strict minimum.
     """
     for seed in range(100):
         model = scalar_net(1, activation, seed)
         x = torch.randn(20, 2, dtype=torch.float64)
-        w, v = model[0].weight.detach()[0], model[2].weight.detach()[0, 0]
-        a = (x @ w).requires_grad_()
+        with torch.no_grad():
+            model[0].weight *= 2
+            model[2].weight.fill_(0.58)  # of whose products with 1/v² rounding leaves something
+        a = (x @ model[0].weight[0].detach()).requires_grad_()
         value = activation()(a)
         (slope,) = torch.autograd.grad(value.sum(), a, create_graph=True)
         (bend,) = torch.autograd.grad(slope.sum(), a)
         slopes = torch.cat([value[:, None], slope[:, None] * x], dim=1).detach()
-        residual = bend - slopes @ torch.linalg.lstsq(slopes, bend[:, None]).solution[:, 0]
-        y = model(x).detach() - 0.1 * sign * v.sign() * (residual / residual.norm())[:, None]
-        spectra = inner_spectra(model, (x, y))[0]
-        if float((sign * spectra).min()) > 1e-5 and float(spectrum(model, (x, y))[0]) > 1e-5:
-            assert float(dense_hessian(model, (x, y))[1].norm()) <= 1e-14
-            return model, (x, y)
+        aim = (bend * x.square().sum(1))[:, None]
+        residual = aim - slopes @ torch.linalg.lstsq(slopes, aim).solution
+        batch = x, model(x).detach() - 0.3 * sign * residual / residual.norm()
+        if float((sign * inner_spectra(model, batch)).min()) > 2e-3 and float(spectrum(model, batch)[0]) > 1e-3:
+            assert float(dense_hessian(model, batch)[1].norm()) <= 1e-14
+            return model, batch
     raise AssertionError("no such minimum among these seeds")
 
 
@@ -212,8 +214,8 @@ def test_preserve_is_refused_where_the_coupling_is_not_zero():
 # --- even ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ratio", [1.5, 2.0, 3.5])
-@pytest.mark.parametrize("name", ["mlp", "conv+bn", "gated", "inverted bottleneck", "several consumers"])
+@pytest.mark.parametrize("ratio", [1.5, 3.5])
+@pytest.mark.parametrize("name", ["mlp", "conv+bn", "gated", "inverted bottleneck"])
 def test_even_widens_every_layer_by_the_ratio(name, ratio):
     model, probe = ZOO[name].make()
     plan = plan_growth(model, measure_geometry(model, probe), probe, GrowthPolicy(moves="even", max_ratio=ratio))
@@ -224,7 +226,7 @@ def test_even_widens_every_layer_by_the_ratio(name, ratio):
     for old, new in event.widths.values():
         assert new == int(old * ratio + 0.5)
     assert event.realised_fitted == pytest.approx(plan.fitted_decrease, rel=1e-9)
-    if "least offset" in plan.reason:  # the function is kept but for it
+    if "copies part by the least" in plan.reason:  # the function is kept but for it
         assert probe.loss(model) == pytest.approx(before, rel=1e-3)
     else:
         assert plan.held_out_decrease > 0
@@ -348,7 +350,7 @@ def plan_of(layers):
 
 
 @pytest.mark.parametrize("moves", ["splits", "mixed", "even", lowest_curvature])
-@pytest.mark.parametrize("share", [1.0, 1.2, 1.6])
+@pytest.mark.parametrize("share", [1.0, 1.6])
 @pytest.mark.parametrize("name", ["mlp", "conv+bn"])
 def test_a_budget_of_operations_is_never_exceeded(name, share, moves):
     model, probe = ZOO[name].make()

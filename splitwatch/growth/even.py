@@ -18,7 +18,9 @@ from splitwatch.growth.pursuit import Seedlings, pursue
 from splitwatch.growth.search import NO_ROOM, OFFSETS, confirmed_plan, scale, searched, stretch, weighed
 from splitwatch.growth.splits import best_splits
 from splitwatch.probe import Probe
-from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, Split, Sprout
+from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, Split
+
+SILENT = "silent: outgoing weights of zero"
 
 GRAIN = 64
 """Where budgets do not allow the whole ratio, so many parts of what it adds are the choice."""
@@ -33,8 +35,8 @@ def plan_even(
 ) -> GrowthPlan:
     """Half splits along the escape direction, half new neurons, at the offset and step of a line search.
 
-    Where that does not pay on the held-out half, copies part by the smallest offset only and new neurons begin with
-    outgoing weights of zero, so that the function is kept but for that offset.
+    Where new neurons do not pay on the held-out half they begin with outgoing weights of zero; where splits do not
+    either, copies part by the smallest offset only, and the function is kept but for that.
     """
     counts, ratio = _counts(model, probe, policy, layers)
     if not any(counts.values()):
@@ -47,21 +49,19 @@ def plan_even(
     for layer in layers:
         count = counts[layer.name] - sum(move.layer == layer.name for move in sprouts)
         splits += _splits(model, layer, geometry[layer.name], count)
-    plan = searched(model, GrowthPlan(layers, (*splits, *sprouts), ""), probe)
-    told = f"every layer by the ratio {ratio:g}: {counted(plan)}"
-    paying = confirmed_plan(model, plan, probe)
-    if paying:
+    stills = tuple(replace(move, predicted_decrease=0.0, reason=SILENT) for move in silent)
+    start = GrowthPlan(layers, (*splits, *sprouts), "")
+    told = f"every layer by the ratio {ratio:g}: {counted(start)}"
+    if paying := confirmed_plan(model, searched(model, start, probe), probe):
         return replace(paying, reason=told)
-    quiet = tuple(stretch(move, OFFSETS[0]) for move in splits) + tuple(_still(move) for move in silent)
-    why = (
-        "no size of the moves pays on the held-out half, so copies part by the least offset and new neurons are silent"
-    )
-    plan = replace(plan, moves=quiet, offset=OFFSETS[0], step=0.0, reason=f"{told}; {why}")
-    return weighed(model, replace(plan, predicted_decrease=sum(move.predicted_decrease for move in quiet)), probe)
-
-
-def _still(move: Sprout) -> Sprout:
-    return replace(move, predicted_decrease=0.0, reason="silent: outgoing weights of zero")
+    parted = searched(model, replace(start, moves=tuple(splits)), probe)
+    if paying := confirmed_plan(model, replace(parted, moves=parted.moves + stills), probe):
+        return replace(paying, reason=f"{told}; new neurons do not pay on the held-out half yet, so they are silent")
+    least = (*(stretch(move, OFFSETS[0]) for move in splits), *stills)
+    why = "no size of the moves pays on the held-out half, so copies part by the least and new neurons are silent"
+    predicted = sum(move.predicted_decrease for move in least)
+    last = replace(parted, moves=least, offset=OFFSETS[0], predicted_decrease=predicted, reason=f"{told}; {why}")
+    return weighed(model, last, probe)
 
 
 def _counts(

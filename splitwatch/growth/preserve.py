@@ -78,5 +78,5 @@ def _verdicts(
 def _why_none(refused: Counter[str]) -> str:
     if not refused:
         return "growth would not keep a minimum here, because no hidden layer can be widened"
-    told = "; ".join(f"{count} neurons: {reason}" for reason, count in refused.most_common())
+    told = "; ".join(f"{count} neuron{'s' * (count > 1)}: {reason}" for reason, count in refused.most_common())
     return f"growth would not keep a minimum here, because no neuron's plateau has a region of minima ({told})"
