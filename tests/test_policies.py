@@ -12,13 +12,26 @@ from test_pursuit import deep
 from torch import nn
 from zoo import ZOO
 
-from splitwatch import GrowthPolicy, Probe, Split, SplitWatchError, count_flops, grow, measure_geometry, plan_growth
+from splitwatch import (
+    Grower,
+    GrowthPolicy,
+    Probe,
+    Split,
+    SplitWatchError,
+    count_flops,
+    grow,
+    measure_geometry,
+    plan_growth,
+)
 from splitwatch.growth import pursuit, search
 from splitwatch.growth.cost import duplicate, prices
 from splitwatch.growth.grow import count_parameters, widened
 from splitwatch.growth.plan import split_candidates
+from splitwatch.growth.policy import MOVES
 from splitwatch.growth.pursuit import ASCENT
 from splitwatch.growth.seedbed import Seedbed
+from splitwatch.report.page import event_markdown
+from splitwatch.report.scalars import event_scalars
 
 torch.set_num_threads(1)
 
@@ -373,6 +386,26 @@ def test_moves_compete_by_what_the_policy_counts():
         items.sort(key=lambda item: -item.move.predicted_decrease / price[item.move.layer][per])
         chosen = search.within_budget(model, layers, items[::-1], probe, policy)
         assert [(m.layer, m.neuron) for m in chosen] == [(x.move.layer, x.move.neuron) for x in items[:3]]
+
+
+@pytest.mark.parametrize("moves", [*MOVES, nothing, lowest_curvature])
+def test_a_grower_follows_every_policy_and_reports_it(moves):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+    x = torch.randn(64, 3, dtype=torch.float64)
+    batch = x, torch.sin(2 * x[:, :1])
+    policy = GrowthPolicy(moves=moves, window=10, noise_ratio=1e9, tolerance=1e9, max_overhead=None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    grower = Grower(model, optimizer, mse, policy, probe=Probe([batch], mse), progress=False)
+    events = [event for _ in range(12) if (event := grower.step(batch, mse(model, batch).detach()))]
+    assert len(events) == 1
+    event = events[0]
+    assert event.grown == bool(event.plan)
+    assert event.grown or "growth would not" in event.plan.reason
+    assert "**Decision:**" in event_markdown(event)
+    assert all(value == value for key, value in event_scalars(event).items() if "realised" in key and event.grown)
+    if event.grown and callable(moves):
+        assert event.drift <= 1e-12
 
 
 # --- the line search, and what ascent measures -----------------------------------------------------------------------
