@@ -11,6 +11,7 @@ from splitwatch.geometry.narrow import narrow_verdict
 from splitwatch.geometry.plateau import classify_split
 from splitwatch.grower import Grower
 from splitwatch.growth.checkpoint import load_grown, make_growable
+from splitwatch.growth.cost import count_flops
 from splitwatch.growth.embedding import critical_embedding, critical_reduction
 from splitwatch.growth.grow import grow
 from splitwatch.growth.plan import plan_growth
@@ -64,6 +65,7 @@ __all__ = [
     "StationarityVerdict",
     "UnsupportedLayerError",
     "classify_split",
+    "count_flops",
     "coupling",
     "critical_embedding",
     "critical_reduction",

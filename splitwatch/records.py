@@ -251,7 +251,7 @@ class GrowthPlan:
         rows |= {name: f"{value:.4e}" for name, value in zip(names, decreases, strict=True)}
         added = sum(move.added for move in self.moves)
         head = _table(f"{added} new neurons: {self.reason}", rows if self.moves else {})
-        return "\n".join([head, *(f"  · {move}" for move in self.moves)])
+        return "\n".join([head, *(f"  · {move.predicted_decrease:9.2e}  {move}" for move in self.moves)])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

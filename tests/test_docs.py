@@ -1,5 +1,6 @@
 """What the documentation says can be run, and the tests it names exist."""
 
+import copy
 import pathlib
 import re
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import splitwatch
 from splitwatch import Probe, inner_hessian
 from splitwatch.report.figures import plateau_figure
 
@@ -45,3 +47,19 @@ def test_files_and_tests_that_are_named_exist(page):
         assert not name[1] or f"def {name[1]}" in path.read_text(), name
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (page.parent / link).exists(), link
+
+
+def test_the_policies_page_runs(capsys):
+    page = (ROOT / "docs/how-to/policies.md").read_text()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    x = torch.randn(256, 3)
+    y = torch.sin(2 * x[:, :1]) * x[:, 1:2]
+    names = {
+        name: getattr(splitwatch, name) for name in splitwatch.__all__ if not name.startswith(("log_", "SplitWatch"))
+    }
+    names |= {"torch": torch, "copy": copy, "model": model, "batches": list(zip(x.split(32), y.split(32), strict=True))}
+    names["loss_fn"] = lambda model, batch: nn.functional.mse_loss(model(batch[0]), batch[1])
+    for code in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(code, names)
+    assert "chosen by lowest_curvature" in capsys.readouterr().out

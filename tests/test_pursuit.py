@@ -10,7 +10,7 @@ from test_growth import assert_untouched, data, growable, picture, train
 from torch import nn
 from zoo import ZOO, mse
 
-from splitwatch import Grower, GrowthPolicy, Probe, SplitWatchError, grow, measure_geometry, plan_growth
+from splitwatch import Grower, GrowthPolicy, Probe, grow, measure_geometry, plan_growth
 from splitwatch.growth import mixture, pursuit
 from splitwatch.growth.grow import count_parameters, widened
 from splitwatch.growth.pursuit import ascend, candidates, pursue, select, sized
@@ -193,7 +193,7 @@ def test_ascent_never_lowers_a_score(name):
         bed = Seedbed(model, layer, probe, 10, BYTES)
         w = candidates(bed, None, 0)
         before = bed.measure(w).scores
-        after = bed.measure(ascend(bed, w, before)).scores
+        after = bed.measure(ascend(bed, w, bed.measure(w))).scores
         assert bool((after >= before * (1 - 1e-9)).all())
         assert bool((after > before).any())
 
@@ -357,8 +357,3 @@ def test_a_grower_mixes_moves_where_it_is_told_to():
                 assert "held-out decrease of" in str(event)
                 return
     raise AssertionError("it never grew")
-
-
-def test_an_unknown_choice_of_moves_is_refused():
-    with pytest.raises(SplitWatchError, match=r'moves: required "splits", "sprouts" or "mixed", found .leaps.'):
-        GrowthPolicy(moves="leaps")

@@ -11,8 +11,11 @@ from splitwatch import (
     Grower,
     GrowthPolicy,
     Probe,
+    Split,
+    Sprout,
     StationarityDetector,
     budget,
+    count_flops,
     find_hidden_layers,
     measure_geometry,
     plan_growth,
@@ -22,6 +25,8 @@ from splitwatch.geometry.dense import coupling, inner_hessian
 from splitwatch.geometry.diagnose import diagnose_splits
 from splitwatch.geometry.narrow import narrow_verdict
 from splitwatch.geometry.sweep import Sweep
+from splitwatch.growth import pursuit
+from splitwatch.growth.seedbed import Seedbed
 
 
 def regression(half=slice(None)):
@@ -139,6 +144,30 @@ def measured(name, rank=None):
     }
 
 
+def pursued(name, rank=None):
+    """What is measured of possible neurons, and what is planned by every policy that looks for some."""
+    model, probe = NETWORKS[name](), ragged_probe(rank)
+    layers = [layer for layer in find_hidden_layers(model, probe) if layer.growable]
+    geometry, found = measure_geometry(model, probe), {}
+    for layer in layers:
+        bed = Seedbed(model, layer, probe, 5, 2**28)
+        w = torch.randn(5, bed.d, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        at = bed.measure(w)
+        found[layer.name] = {**dataclasses.asdict(at), "slope": bed.slope(w, at)}
+        found[layer.name]["room"] = pursuit._room(model, layer, probe, 2**20)
+    plans = {}
+    for moves in ("mixed", "sprouts", "even", "certified", "preserve"):
+        policy = GrowthPolicy(moves=moves, max_flops=1.8 * count_flops(model, probe), per="flop")
+        plan = plan_growth(model, geometry, probe, policy, layers=layers)
+        decreases = plan.predicted_decrease, plan.fitted_decrease, plan.held_out_decrease
+        tensors = [[x for x in map(move.__getattribute__, WEIGHTS[type(move)]) if x is not None] for move in plan.moves]
+        plans[moves] = [str(plan), decreases, plan.line_search, plan.step_search, tensors]
+    return {"beds": found, "plans": plans, "flops": count_flops(model, probe)}
+
+
+WEIGHTS = {Split: ("in_offset", "out_offset"), Sprout: ("incoming", "outgoing", "others", "biases")}
+
+
 def trained(name, rank):
     """Parameters and plans of a network that grows while each of two ranks trains on batches of its own."""
     model = NETWORKS[name]()
@@ -175,6 +204,7 @@ def rank_main(rank, folder):
     for name in NETWORKS:
         results[name] = measured(name, rank)
         results[f"{name} captured anew"] = captured_anew(name, rank)
+        results[f"{name} pursued"] = pursued(name, rank)
         results[f"{name} grown"] = trained(name, rank)
     torch.save({**results, "schedule": schedule(rank)}, f"{folder}/{rank}")
     distributed.destroy_process_group()
@@ -237,6 +267,24 @@ def test_replicas_grow_alike_and_stay_the_same_to_the_bit(ranks, name):
     first, second = (rank[f"{name} grown"] for rank in ranks)
     assert_same(first, second)
     assert [event[:2] for event in first["events"]] == [(10, True)]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_rank_pursues_the_same_neurons(ranks, name):
+    """To the bit on each; what is measured of given neurons is that of one process on the union of the halves."""
+    found, wanted = ranks[0][f"{name} pursued"], pursued(name)
+    assert_same(found, ranks[1][f"{name} pursued"])
+    for layer in wanted["beds"].values():
+        layer.pop("room")  # for candidates: that of the rank with most in a batch
+    assert_near(
+        {key: {k: x for k, x in bed.items() if k != "room"} for key, bed in found["beds"].items()},
+        wanted["beds"],
+        "beds",
+    )
+    assert found["flops"] == pytest.approx(wanted["flops"], rel=1e-12)
+    even = found["plans"]["even"][0]
+    assert "every layer by the ratio" in even
+    assert "sprout in" in even
 
 
 def assert_same(first, second):

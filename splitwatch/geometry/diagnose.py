@@ -46,9 +46,13 @@ def diagnose_splits(
         return tuple(PlateauVerdict("inconclusive", reason, (0, 0, 0), tuple(lam)) for lam in coefficients)
     halves = [layer_curvature(model, layer, probe, half, [neuron]) for half in ("fitted", "held_out")]
     S, S_error = _mean_and_error([half.dense(half.hessian)[0] for half in halves])
-    G, G_error = _mean_and_error([_project(half.dense(half.coupling)[0], outgoing[neuron]) for half in halves])
+    whole = [half.dense(half.coupling)[0] for half in halves]
+    G, G_error = _mean_and_error([_project(coupling, outgoing[neuron]) for coupling in whole])
+    scale = max(
+        float(torch.linalg.matrix_norm(coupling, 2)) for coupling in whole
+    )  # also where nothing but v̂ᵀG is left
     values, right = torch.linalg.svd(G)[1:]
-    rank = int((values > max(G_error, float(values.amax()) * _rounding(G))).sum())
+    rank = int((values > max(G_error, scale * _rounding(G))).sum())
     kernel = right[rank:]
     eigenvalues = torch.linalg.eigvalsh(kernel @ S @ kernel.T)
     tolerance = max(S_error, float(eigenvalues.abs().amax()) * _rounding(S)) if len(eigenvalues) else None

@@ -9,11 +9,13 @@ from math import inf, isfinite
 
 from torch import Tensor, nn
 
+from splitwatch.growth.cost import fitting
 from splitwatch.growth.grow import count_parameters, widened
 from splitwatch.growth.policy import GrowthPolicy
 from splitwatch.growth.pursuit import Seedlings, proposals, pursue, sized
-from splitwatch.growth.search import NO_ROOM, fitting, parameter_limit, rejected, searched, within_budget
+from splitwatch.growth.search import NO_ROOM, rejected, searched, within_budget
 from splitwatch.probe import Probe
+from splitwatch.ranks import share_of, summed_number
 from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, Split, Sprout
 
 Move = Split | Sprout
@@ -38,16 +40,15 @@ def mix(
     budget = _equal_size(model, splits, policy)
     found = _pursued(model, layers, geometry, probe, budget)
     items = proposals(model, found, probe)
-    order = [move for move in within_budget(model, layers, items, budget) if isinstance(move, Sprout)]
+    order = [move for move in within_budget(model, layers, items, probe, budget) if isinstance(move, Sprout)]
     half = len(splits.moves) // 2
     variants: dict[str, tuple[Move, ...]] = {"sprouts": _sprouts(model, found, order, probe)}
     if policy.moves == "mixed":
         room = sum(move.added for move in splits.moves[half:])
         variants["splits"] = splits.moves
         variants["half and half"] = (*splits.moves[:half], *_sprouts(model, found, order[:room], probe)) if half else ()
-    limit = parameter_limit(model, policy)
     plans = {
-        name: searched(model, replace(splits, moves=fitting(model, layers, moves, limit)), probe)
+        name: searched(model, replace(splits, moves=fitting(model, probe, policy, layers, moves)), probe)
         for name, moves in variants.items()
         if moves
     }
@@ -75,17 +76,26 @@ def _pursued(
     probe: Probe,
     policy: GrowthPolicy,
 ) -> list[Seedlings]:
-    """New neurons for every layer that can hold some; a depthwise convolution would need a kernel for each."""
-    able = [layer for layer in layers if not any("conv" in operation for operation in layer.operations)]
+    """New neurons for every layer that can hold some."""
+    able = [layer for layer in layers if holds_sprouts(layer)]
     wanted = policy.max_neurons or 0
     found = (pursue(model, x, probe, wanted, geometry.get(x.name), max_bytes=policy.max_bytes) for x in able)
     return list(found) if wanted else []
 
 
+def holds_sprouts(layer: HiddenLayer) -> bool:
+    """Whether a layer can hold new neurons; a depthwise convolution would need a kernel for each."""
+    return not any("conv" in operation for operation in layer.operations)
+
+
 def _sprouts(model: nn.Module, found: Sequence[Seedlings], order: Sequence[Sprout], probe: Probe) -> tuple[Sprout, ...]:
     """The sprouts of a selection with their outgoing weights solved for jointly."""
     counts = Counter(move.layer for move in order)
-    chosen = [seedlings.first(counts[seedlings.layer.name]) for seedlings in found]
+    return solved(model, [seedlings.first(counts[seedlings.layer.name]) for seedlings in found], probe)
+
+
+def solved(model: nn.Module, chosen: Sequence[Seedlings], probe: Probe) -> tuple[Sprout, ...]:
+    """New neurons of several layers, with a step of their outgoing weights for all of them."""
     parts = [sized(model, [part.layer], part.sprouts(), probe) for part in chosen]
     moves = [move for part in parts for move in part]
     several = sum(map(bool, parts)) > 1
@@ -95,29 +105,33 @@ def _sprouts(model: nn.Module, found: Sequence[Seedlings], order: Sequence[Sprou
 def _chosen(model: nn.Module, plans: Mapping[str, GrowthPlan], probe: Probe) -> GrowthPlan:
     """The plan that decreases the held-out loss most."""
     start, weights = probe.losses(model, "held_out")
-    gains = {}
+    weights, gains = weights * share_of(probe.samples("held_out")), {}
     for name, plan in plans.items():
         with widened(model, plan):
             gains[name] = start - probe.losses(model, "held_out", finite=False)[0]
-    means = {name: float(weights @ gain) if plans[name].fitted_decrease > 0 else 0.0 for name, gain in gains.items()}
+    means = {name: summed_number(float(weights @ gain)) for name, gain in gains.items()}
+    means = {name: mean if plans[name].fitted_decrease > 0 else 0.0 for name, mean in means.items()}
     best = max(means, key=lambda name: means[name] if isfinite(means[name]) else -inf)
     plan = plans[best]
     told = ", ".join(f"{name} {means[name]:.2e}{_error(gains, weights, name, best)}" for name in plans)
     if not means[best] > 0:
         return rejected(plan, f"growth would not help here: no plan decreases the loss on the held-out half ({told})")
-    reason = f"{best}: {_counted(plan)}; held-out decrease of {told}"
+    reason = f"{best}: {counted(plan)}; held-out decrease of {told}"
     return replace(plan, reason=reason, held_out_decrease=means[best])
 
 
 def _error(gains: Mapping[str, Tensor], weights: Tensor, name: str, best: str) -> str:
     """The standard error of a plan's difference to the best one, over parts of the held-out half."""
-    if name == best or len(weights) < 2:
+    parts = summed_number(len(weights))
+    if name == best or parts < 2:
         return ""
     difference = gains[best] - gains[name]
-    spread = (weights @ (difference - weights @ difference).square() / (len(weights) - 1)).sqrt()
-    return f" (± {float(spread):.0e})"
+    mean = summed_number(float(weights @ difference))
+    scatter = summed_number(float(weights @ (difference - mean).square()))
+    return f" (± {(scatter / (parts - 1)) ** 0.5:.0e})"
 
 
-def _counted(plan: GrowthPlan) -> str:
+def counted(plan: GrowthPlan) -> str:
+    """How many moves of each kind."""
     kinds = Counter("split" if isinstance(move, Split) else "sprout" for move in plan.moves)
     return " and ".join(f"{count} {kind}{'s' if count > 1 else ''}" for kind, count in sorted(kinds.items()))

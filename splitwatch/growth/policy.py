@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from math import isfinite
+from typing import Any
 
 from splitwatch.geometry.sweep import MAX_BYTES
 from splitwatch.records import SplitWatchError
+
+MOVES = ("mixed", "splits", "sprouts", "certified", "preserve", "even")
+
+Chooser = Callable[..., Any]
+"""``chooser(model, geometry, probe, policy, layers)`` returns moves, in the order in which budgets are to take them."""
 
 
 @dataclass(frozen=True)
@@ -17,13 +25,26 @@ class GrowthPolicy:
         layers: names of the hidden layers that may grow; all that can be widened by default.
         max_neurons: new neurons in one event.
         max_parameters: parameters of the network after growth.
-        max_ratio: parameters after one event over parameters before it.
+        max_flops: floating-point operations of one sample's forward and backward pass after growth, as
+            ``count_flops(model, probe)`` counts them.
+        max_ratio: parameters after one event over parameters before it; for "even", neurons of every layer after it
+            over those before.
         max_events: growth events in one run.
+        per: what a predicted decrease is divided by where moves compete: "parameter", "neuron", or "flop" (of a
+            sample's forward and backward pass).
         coefficients: "auto" splits equally, and by signed coefficients where equal ones let no neuron descend; "equal",
             "signed"; or the coefficients themselves, k numbers that sum to 1.
-        moves: "splits" of neurons; "sprouts", new neurons found by residual pursuit; or "mixed", splits, as many
-            sprouts, or half of each, whichever decreases the loss most on the held-out half. Several processes agree on
-            splits only so far.
+        moves: what growth consists of; docs/how-to/policies.md says when to choose which.
+            "mixed": splits, as many new neurons found by residual pursuit ("sprouts"), or half of each, whichever
+            decreases the loss most on the held-out half. For training as usual.
+            "splits", "sprouts": only these.
+            "certified": splits only, of neurons whose split is a strict saddle up to the confidence bounds of what was
+            measured. Where every move has to be justified by the theory.
+            "preserve": splits without offsets into coefficients for which a minimum stays one; none where the plateau
+            has none. To widen now and to move later.
+            "even": all layers by ``max_ratio``, whether it helps now or not. For schedules.
+            "module:function", or a function: a chooser of your own, ``chooser(model, geometry, probe, policy, layers)``
+            returning moves, which are made as they are as far as the budgets go.
         cap: bound on Σ|λ| of signed coefficients; long negative coefficients lead to ever sharper regions.
         window: training steps the detector looks back over; also the least distance between two measurements.
         tolerance: improvement over a window, relative to the loss scale, that still counts as none.
@@ -44,7 +65,7 @@ class GrowthPolicy:
     max_ratio: float | None = 2.0
     max_events: int | None = None
     coefficients: str | Sequence[float] = "auto"
-    moves: str = "mixed"
+    moves: str | Chooser = "mixed"
     cap: float = 3.0
     window: int = 200
     tolerance: float = 0.01
@@ -52,11 +73,14 @@ class GrowthPolicy:
     probe_samples: int = 4096
     max_overhead: float | None = 0.01
     max_bytes: int = MAX_BYTES
+    max_flops: float | None = None
+    per: str = "parameter"
 
     def __post_init__(self) -> None:
         limits = (
             "max_neurons",
             "max_parameters",
+            "max_flops",
             "max_ratio",
             "max_events",
             "tolerance",
@@ -71,10 +95,40 @@ class GrowthPolicy:
             raise SplitWatchError(
                 f'coefficients: required "auto", "equal", "signed" or numbers, found {self.coefficients!r}'
             )
-        if self.moves not in {"splits", "sprouts", "mixed"}:
-            raise SplitWatchError(f'moves: required "splits", "sprouts" or "mixed", found {self.moves!r}')
+        if self.per not in {"parameter", "neuron", "flop"}:
+            raise SplitWatchError(f'per: required "parameter", "neuron" or "flop", found {self.per!r}; choose one')
+        if self.chooser is None and self.moves not in MOVES:
+            names = ", ".join(f'"{name}"' for name in MOVES)
+            raise SplitWatchError(f'moves: required {names}, "module:function" or a function, found {self.moves!r}')
+        if self.moves == "even" and not (self.max_ratio is not None and isfinite(self.max_ratio)):
+            raise SplitWatchError(
+                f'max_ratio: required a number with moves="even", found {self.max_ratio}; 2.0 doubles every layer'
+            )
         if not self.cap > 1:
             raise SplitWatchError(f"cap: required Σ|λ| > 1 (1 leaves no negative coefficient), found {self.cap}")
         for name, least in (("window", 10), ("probe_samples", 2), ("max_bytes", 1)):
             if getattr(self, name) < least:
                 raise SplitWatchError(f"{name}: required at least {least}, found {getattr(self, name)}")
+
+    @property
+    def chooser(self) -> Chooser | None:
+        """The user's own choice of moves, if there is one.
+
+        Raises:
+            SplitWatchError: it is named and cannot be found.
+        """
+        if callable(self.moves):
+            return self.moves
+        module, colon, name = self.moves.partition(":") if isinstance(self.moves, str) else ("", "", "")
+        if not colon:
+            return None
+        try:
+            chooser = getattr(import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise SplitWatchError(
+                f"moves: required a function that can be imported, found {self.moves!r} ({error}); "
+                'name it as "package.module:function"'
+            ) from error
+        if not callable(chooser):
+            raise SplitWatchError(f"moves: required a function, found {type(chooser).__name__} at {self.moves!r}")
+        return chooser

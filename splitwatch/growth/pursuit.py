@@ -24,6 +24,7 @@ from splitwatch.growth.search import Candidate, scale
 from splitwatch.growth.seedbed import THRESHOLD, Measured, Reader, Seedbed, rebalance
 from splitwatch.precision import full_precision
 from splitwatch.probe import Probe
+from splitwatch.ranks import largest_over_ranks
 from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, Sprout
 
 POOL, MOST = 64, 512
@@ -101,7 +102,7 @@ def pursue(
     with full_precision():
         w = candidates(bed, geometry, seed)
         kept, _ = select(found := bed.measure(w), 4 * wanted)
-        w = ascend(bed, w[kept], found.scores[kept])
+        w = ascend(bed, w[kept], found.of(kept))
         kept, explained = select(found := bed.measure(w), wanted)
     return Seedlings(layer, bed.readers, w[kept], found.of(kept), explained)
 
@@ -110,7 +111,7 @@ def _room(model: nn.Module, layer: HiddenLayer, probe: Probe, max_bytes: int) ->
     """How many candidates the graph of one batch may hold."""
     trace = next(iter(probe.traces(model, [layer], "fitted")))[layer.name]
     ends = [*trace.pre_activations(), *(consumer.input for consumer in trace.consumers)]
-    return max_bytes * layer.width // (GRAPH * sum(x.nbytes for x in ends)) - layer.width
+    return -int(largest_over_ranks(layer.width - max_bytes * layer.width // (GRAPH * sum(x.nbytes for x in ends))))
 
 
 def candidates(bed: Seedbed, geometry: LayerGeometry | None, seed: int) -> Tensor:
@@ -130,13 +131,15 @@ def candidates(bed: Seedbed, geometry: LayerGeometry | None, seed: int) -> Tenso
     return torch.cat([steps, bed.fitted_to_data(w, where)])
 
 
-def ascend(bed: Seedbed, w: Tensor, scores: Tensor) -> Tensor:
-    """Incoming weights after gradient ascent on log ‖g‖²/‖φ⊥‖², of each neuron the best that was met, (k', d)."""
-    best, best_scores = w.clone(), scores.clone()
+def ascend(bed: Seedbed, w: Tensor, at: Measured) -> Tensor:
+    """Incoming weights after gradient ascent on log ‖g‖²/‖φ⊥‖², of each neuron the best that was met, (k', d).
+
+    ``at`` is what was measured of ``w``.
+    """
+    best, best_scores = w.clone(), at.scores
     size = w.norm(dim=1, keepdim=True) / w.shape[1] ** 0.5
     place = torch.nn.Parameter(w / torch.where(size > 0, size, 1))
     optimizer = torch.optim.Adam([place], lr=RATE)
-    at = bed.measure(w)
     for _ in range(ASCENT):
         place.grad = -(bed.slope(place.detach() * size, at) * size).nan_to_num(0, 0, 0)
         optimizer.step()
@@ -223,5 +226,5 @@ def proposals(model: nn.Module, found: Sequence[Seedlings], probe: Probe) -> lis
         total, explained = sum(move.predicted_decrease for move in moves), seedlings.explained.tolist()
         for move, part in zip(moves, explained, strict=False):
             fall = total * part / sum(explained)
-            items.append(Candidate(replace(move, predicted_decrease=fall), len(move.incoming) + len(move.outgoing)))
+            items.append(Candidate(replace(move, predicted_decrease=fall)))
     return items

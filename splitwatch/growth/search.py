@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import inf, isfinite
 
 from torch import nn
 
-from splitwatch.growth.grow import count_parameters, widened
+from splitwatch.growth.cost import fitting, limits, prices, size
+from splitwatch.growth.grow import widened
 from splitwatch.growth.policy import GrowthPolicy
 from splitwatch.probe import Probe
 from splitwatch.records import GrowthPlan, HiddenLayer, Split, Sprout
@@ -19,56 +20,45 @@ OFFSETS = tuple(2.0**power for power in range(-9, 2))
 STEPS = tuple(2.0**power for power in range(-4, 2))
 """Multiples of the sprouts' outgoing weights tried in the line search."""
 
+FARTHEST = 32.0
+"""How far a line search goes on while it does not pass its best size."""
+
 NO_ROOM = "the budget allows no new neuron"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Candidate:
-    """A move at offset 1 (a split neuron's own weight norm), its predicted decrease there, its cost in parameters.
+    """A move at offset 1 (a split neuron's own weight norm) with its predicted decrease there.
 
     ``confirmed`` says whether a split descends on the fitted half beyond rounding, and on the held-out half too.
     """
 
     move: Split | Sprout
-    cost: int
     confirmed: bool = True
-
-    @property
-    def score(self) -> float:
-        """Predicted decrease per parameter."""
-        return self.move.predicted_decrease / self.cost
-
-
-def parameter_limit(model: nn.Module, policy: GrowthPolicy) -> float:
-    """How many parameters the model may have after an event."""
-    ratio = None if policy.max_ratio is None else policy.max_ratio * count_parameters(model)
-    return min((limit for limit in (policy.max_parameters, ratio) if limit is not None), default=float("inf"))
 
 
 def within_budget(
-    model: nn.Module, layers: tuple[HiddenLayer, ...], candidates: Sequence[Candidate], policy: GrowthPolicy
+    model: nn.Module,
+    layers: tuple[HiddenLayer, ...],
+    candidates: Sequence[Candidate],
+    probe: Probe,
+    policy: GrowthPolicy,
 ) -> tuple[Split | Sprout, ...]:
-    """The best candidates that the budgets allow, by predicted decrease per parameter."""
-    limit = parameter_limit(model, policy)
-    room, neurons = limit - count_parameters(model), float("inf") if policy.max_neurons is None else policy.max_neurons
+    """The best candidates that the budgets allow, by predicted decrease per neuron, parameter or operation."""
+    price = prices(model, probe, policy, layers)
+
+    def score(item: Candidate) -> float:
+        move = item.move
+        return move.predicted_decrease / (getattr(price[move.layer], policy.per) * move.added)
+
+    room = limits(model, policy).less(size(model, probe, policy))
     chosen: list[Split | Sprout] = []
-    for item in sorted(candidates, key=lambda item: -item.score):
-        if item.cost <= room and item.move.added <= neurons:
+    for item in sorted(candidates, key=lambda item: -score(item)):
+        left = room.less(price[item.move.layer], item.move.added)
+        if not left.overdrawn:
             chosen.append(item.move)
-            room, neurons = room - item.cost, neurons - item.move.added
-    return fitting(model, layers, chosen, limit)
-
-
-def fitting(
-    model: nn.Module, layers: tuple[HiddenLayer, ...], moves: Sequence[Split | Sprout], limit: float
-) -> tuple[Split | Sprout, ...]:
-    """As many of the first moves as keep within so many parameters: neighbours that grow together cost more."""
-
-    def exceeds(count: int) -> bool:
-        with widened(model, GrowthPlan(layers, tuple(moves[:count]), "")):
-            return count_parameters(model) > limit
-
-    return tuple(moves[: bisect_left(range(1, len(moves) + 1), True, key=exceeds)])
+            room = left
+    return fitting(model, probe, policy, layers, chosen)
 
 
 def stretch(move: Split, factor: float) -> Split:
@@ -106,14 +96,20 @@ def searched(model: nn.Module, plan: GrowthPlan, probe: Probe) -> GrowthPlan:
     start, found = probe.loss(model, "fitted"), replace(plan, moves=())
     if splits:
         signs = (1.0, -1.0) if any(_sign_matters(move) for move in splits) else (1.0,)
-        sizes = [sign * size for size in OFFSETS for sign in signs]
-        at = {offset: replace(plan, moves=tuple(stretch(move, offset) for move in splits)) for offset in sizes}
-        offset, fitted, tried = _best(model, at, probe, start)
-        found = replace(at[offset], offset=offset, fitted_decrease=fitted, line_search=tried)
+
+        def parted(offset: float) -> GrowthPlan:
+            return replace(plan, moves=tuple(stretch(move, offset) for move in splits))
+
+        offset, fitted, tried = _best(model, parted, [s * size for size in OFFSETS for s in signs], probe, start)
+        found = replace(parted(offset), offset=offset, fitted_decrease=fitted, line_search=tried)
     if sprouts:
-        moves = {step: (*found.moves, *(advance(move, step) for move in sprouts)) for step in STEPS}
-        step, fitted, tried = _best(model, {s: replace(found, moves=m) for s, m in moves.items()}, probe, start)
-        found = replace(found, moves=moves[step], step=step, fitted_decrease=fitted, step_search=tried)
+        before = found
+
+        def advanced(step: float) -> GrowthPlan:
+            return replace(before, moves=(*before.moves, *(advance(move, step) for move in sprouts)))
+
+        step, fitted, tried = _best(model, advanced, STEPS, probe, start)
+        found = replace(advanced(step), step=step, fitted_decrease=fitted, step_search=tried)
     return replace(found, predicted_decrease=sum(move.predicted_decrease for move in found.moves))
 
 
@@ -131,21 +127,41 @@ def confirmed_plan(model: nn.Module, plan: GrowthPlan, probe: Probe) -> GrowthPl
     return replace(plan, held_out_decrease=held_out)
 
 
+def weighed(model: nn.Module, plan: GrowthPlan, probe: Probe) -> GrowthPlan:
+    """A plan that is made as it is, with what it does to the loss on both halves."""
+    before = [probe.loss(model, half) for half in ("fitted", "held_out")]
+    with widened(model, plan):
+        after = [probe.loss(model, half, finite=False) for half in ("fitted", "held_out")]
+    return replace(plan, fitted_decrease=before[0] - after[0], held_out_decrease=before[1] - after[1])
+
+
 def rejected(plan: GrowthPlan, reason: str) -> GrowthPlan:
     """An empty plan that still tells what was tried."""
     return GrowthPlan(plan.layers, (), reason, line_search=plan.line_search, step_search=plan.step_search)
 
 
 def _best(
-    model: nn.Module, plans: dict[float, GrowthPlan], probe: Probe, start: float
+    model: nn.Module, at: Callable[[float], GrowthPlan], sizes: Sequence[float], probe: Probe, start: float
 ) -> tuple[float, float, tuple[tuple[float, float], ...]]:
-    """The size whose plan decreases the fitted loss most, by how much, and everything that was tried."""
-    tried = []
-    for size, plan in plans.items():
-        with widened(model, plan):
-            tried.append((size, start - probe.loss(model, "fitted", finite=False)))
-    size, fitted = max(tried, key=lambda item: item[1])
-    return size, fitted, tuple(tried)
+    """The size whose plan decreases the fitted loss most, by how much, and everything that was tried.
+
+    Where the largest size of a sign is the best, twice as much is tried, until that is no better, or too far.
+    """
+
+    def decrease(size: float) -> float:
+        with widened(model, at(size)):
+            return start - probe.loss(model, "fitted", finite=False)
+
+    def best() -> float:
+        return max(tried, key=lambda size: tried[size] if isfinite(tried[size]) else -inf)
+
+    tried = {size: decrease(size) for size in sizes}
+    reach = max(sizes)
+    while abs(best()) == reach < FARTHEST:
+        reach *= 2
+        size = reach if best() > 0 else -reach
+        tried[size] = decrease(size)
+    return best(), tried[best()], tuple(tried.items())
 
 
 def _sign_matters(move: Split) -> bool:

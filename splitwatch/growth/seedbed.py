@@ -27,6 +27,7 @@ from splitwatch.geometry.curvature import channels, incoming_sizes, lift, outgoi
 from splitwatch.geometry.weights import neuron_weights
 from splitwatch.growth.grow import widened
 from splitwatch.probe import LayerTrace, Probe
+from splitwatch.ranks import is_first, summed, summed_number
 from splitwatch.records import GrowthPlan, HiddenLayer, Sprout
 
 RESOLUTION = 1e-6
@@ -133,11 +134,11 @@ class Seedbed:
         maps = zip(layer.consumers, self.beds[0].trace.consumers, strict=True)
         shapes = [(where.stride, x.weight_shape, x.has_bias) for where, x in maps]
         self.readers = tuple(Reader(n * shape[0] * shape[2:].numel(), shape[0], bias) for n, shape, bias in shapes)
-        seen = sum(bed.share for bed in self.beds)
-        self.beds = [replace(bed, share=bed.share / seen) for bed in self.beds]
+        seen = summed_number(sum(bed.trace.size for bed in self.beds))
+        self.beds = [replace(bed, share=bed.trace.size / seen) for bed in self.beds]
         gram = sum(_weight(bed) * bed.features.double().T @ bed.features.double() for bed in self.beds)
-        self.inverse = _pseudo_inverse(torch.as_tensor(gram))
-        slope = sum(bed.share * bed.gain.double() for bed in self.beds)
+        self.inverse = _pseudo_inverse(summed(torch.as_tensor(gram)))
+        slope = summed(torch.as_tensor(sum(bed.share * bed.gain.double() for bed in self.beds)))
         self.known = self.inverse @ slope  # what the existing weights would do about their own slope, (b, c)
 
     def measure(self, w: Tensor) -> Measured:
@@ -151,6 +152,7 @@ class Seedbed:
                 phi, weight = _rows(bed.trace, blocks)[:, :k].double(), _weight(bed)
                 gram += weight * phi.T @ phi
                 cross += weight * phi.T @ bed.features.double()
+        gain, gram, cross = (summed(part) for part in (gain, gram, cross))
         combination = self.inverse @ cross.T
         return Measured(gain - cross @ self.known, gram.diagonal(), gram - cross @ combination, combination)
 
@@ -172,13 +174,13 @@ class Seedbed:
                 new = phi - bed.features @ at.combination.to(w)
                 value = (towards * gain).sum() - _weight(bed) * (new.square().sum(0) / left.to(w)).sum()
                 total += torch.autograd.grad(value, leaf)[0]
-        return total
+        return summed(total)
 
     def fitted_to_data(self, w: Tensor, where: Tensor) -> Tensor:
         """Directions (k', d) scaled so that pre-activations spread like existing neurons', with biases at a sample.
 
-        The pre-activation is zero at one row (a sample, or a position in it); ``where`` (k',) in [0, 1) names that row
-        as a share of all rows.
+        The pre-activation is zero at one row (a sample, or a position in it) of rank 0; ``where`` (k',) in [0, 1)
+        names that row as a share of its rows.
         """
         axes = [p.channel_axis for p in self.beds[0].trace.producers]
         seen = ((lift(bed.trace, w), bed.standing) for bed in self.beds)
@@ -187,13 +189,13 @@ class Seedbed:
         parts = []
         sizes, maps = incoming_sizes(self.beds[0].trace), self.beds[0].trace.producers
         for part, z, standing, producer in zip(w.split(sizes, dim=1), new, old, maps, strict=True):
-            spread = standing.std(0, correction=0)[torch.arange(len(w)) % self.layer.width]
-            spread = torch.where(spread > 0, spread, 1) / z.std(0, correction=0)
+            spread = _spread(standing)[torch.arange(len(w)) % self.layer.width]
+            spread = torch.where(spread > 0, spread, 1) / _spread(z)
             factor = torch.where(spread.isfinite(), spread, 1)[:, None]
             part = part * factor
             if producer.has_bias:
                 at = (where.to(z) * len(z)).long()
-                part[:, -1] -= factor[:, 0] * z[at, torch.arange(len(w))]
+                part[:, -1] -= factor[:, 0] * summed(z[at, torch.arange(len(w))] * is_first())
             parts.append(part)
         return torch.cat(parts, dim=1)
 
@@ -214,6 +216,13 @@ class Seedbed:
         maps = zip(standing, lift(trace, w), trace.producers, strict=True)
         z = [torch.cat([old, new], dim=p.channel_axis) for old, new, p in maps]
         return channels(trace, trace.path(*z), self.layer.width, self.count)
+
+
+def _spread(z: Tensor) -> Tensor:
+    """Standard deviations of the columns over the rows of all ranks."""
+    rows = summed_number(len(z))
+    mean = summed(z.sum(0)) / rows
+    return (summed((z - mean).square().sum(0)) / rows).sqrt()
 
 
 def _channels_last(z: Sequence[Tensor], axes: Sequence[int]) -> list[Tensor]:

@@ -1,0 +1,109 @@
+"""What growth costs in neurons, parameters and floating-point operations, and what of it a policy allows."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from math import inf
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from splitwatch.geometry.weights import neuron_weights
+from splitwatch.growth.grow import count_parameters, widened
+from splitwatch.growth.policy import GrowthPolicy
+from splitwatch.probe import Probe
+from splitwatch.ranks import summed_number
+from splitwatch.records import GrowthPlan, HiddenLayer, Split, Sprout
+
+Move = Split | Sprout
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """New neurons, parameters, and operations a sample: of a network, of one more neuron, or the most allowed."""
+
+    neuron: float
+    parameter: float
+    flop: float
+
+    def less(self, other: Size, times: int = 1) -> Size:
+        """What is left of this when the other is taken so many times."""
+        return Size(*(a - times * b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def overdrawn(self) -> bool:
+        """Whether more was taken than there was."""
+        return min(astuple(self)) < 0
+
+
+def count_flops(model: nn.Module, probe: Probe) -> float:
+    """Floating-point operations of one sample's forward and backward pass, the mean over the probe's first batch.
+
+    As ``torch.utils.flop_counter`` counts them: matrix products, convolutions and attention, a multiplication and an
+    addition being two. Compare with ``GrowthPolicy.max_flops``.
+    """
+    with FlopCounterMode(display=False) as counter:
+        _, samples = next(probe.gradients(model, at_least=1))
+    return summed_number(counter.get_total_flops()) / summed_number(samples)
+
+
+def limits(model: nn.Module, policy: GrowthPolicy) -> Size:
+    """The most that the network may have after an event, infinite where nothing is said.
+
+    With "even" moves ``max_ratio`` is one of widths and bounds nothing here.
+    """
+    times = None if policy.moves == "even" else policy.max_ratio
+    ratio = None if times is None else times * count_parameters(model)
+    parameters = min((limit for limit in (policy.max_parameters, ratio) if limit is not None), default=inf)
+    return Size(_or_inf(policy.max_neurons), parameters, _or_inf(policy.max_flops))
+
+
+def size(model: nn.Module, probe: Probe, policy: GrowthPolicy, neurons: int = 0) -> Size:
+    """What the network has; operations are counted only where the policy asks for them."""
+    asked = policy.max_flops is not None or policy.per == "flop"
+    return Size(neurons, count_parameters(model), count_flops(model, probe) if asked else 0.0)
+
+
+def size_with(
+    model: nn.Module, probe: Probe, policy: GrowthPolicy, layers: Sequence[HiddenLayer], moves: Sequence[Move]
+) -> Size:
+    """What the network would have after some moves."""
+    with widened(model, GrowthPlan(tuple(layers), tuple(moves), "")):
+        return size(model, probe, policy, sum(move.added for move in moves))
+
+
+def prices(model: nn.Module, probe: Probe, policy: GrowthPolicy, layers: Sequence[HiddenLayer]) -> dict[str, Size]:
+    """What one more neuron of each layer costs, the others left as they are."""
+    before = size(model, probe, policy)
+    alone = {x.name: size_with(model, probe, policy, layers, [duplicate(model, x, 0)]) for x in layers}
+    return {name: after.less(before) for name, after in alone.items()}
+
+
+def fitting(
+    model: nn.Module,
+    probe: Probe,
+    policy: GrowthPolicy,
+    layers: Sequence[HiddenLayer],
+    moves: Sequence[Move],
+) -> tuple[Move, ...]:
+    """As many of the first moves as keep within the budgets: neighbours that grow together cost more."""
+    limit = limits(model, policy)
+
+    def exceeds(count: int) -> bool:
+        return limit.less(size_with(model, probe, policy, layers, moves[:count])).overdrawn
+
+    return tuple(moves[: bisect_left(range(1, len(moves) + 1), True, key=exceeds)])
+
+
+def duplicate(model: nn.Module, layer: HiddenLayer, neuron: int, coefficients: Sequence[float] = (0.5, 0.5)) -> Split:
+    """A split without offsets."""
+    incoming, outgoing = neuron_weights(model, layer)
+    still = (torch.zeros(len(coefficients), weights.shape[1]) for weights in (incoming, outgoing))
+    return Split(layer.name, neuron, tuple(coefficients), *still, predicted_decrease=0.0)
+
+
+def _or_inf(limit: float | None) -> float:
+    return inf if limit is None else limit

@@ -1,0 +1,440 @@
+"""What growth consists of under each policy, against dense Hessians, brute search and counts by hand."""
+
+import copy
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from test_growth import dense_hessian, growable, inner_spectra, mse, scalar_net
+from test_growth import split as split_at_zero
+from test_pursuit import deep
+from torch import nn
+from zoo import ZOO
+
+from splitwatch import (
+    Grower,
+    GrowthPolicy,
+    Probe,
+    Split,
+    SplitWatchError,
+    count_flops,
+    grow,
+    measure_geometry,
+    plan_growth,
+)
+from splitwatch.growth import pursuit, search
+from splitwatch.growth.cost import duplicate, prices
+from splitwatch.growth.grow import count_parameters, widened
+from splitwatch.growth.plan import split_candidates
+from splitwatch.growth.policy import MOVES
+from splitwatch.growth.pursuit import ASCENT
+from splitwatch.growth.seedbed import Seedbed
+from splitwatch.report.page import event_markdown
+from splitwatch.report.scalars import event_scalars
+
+torch.set_num_threads(1)
+
+
+def repeated(batch, times=16):
+    """A probe of the same samples many times over: what is a minimum on all is one on both halves."""
+    many = tuple(part.repeat(times, 1) for part in batch)
+    return Probe([many, many], mse)
+
+
+def definite_minimum(sign, activation=nn.Softplus):
+    """A strict minimum of a network of one neuron and one output, its inner Hessian definite of a given sign.
+
+    The residuals are ± σ'' |x|² as far as that is orthogonal to all slopes of the output, which drives the trace of
+    S = E[(v·e) σ'' x xᵀ] to that sign, and small, so that the Gauss-Newton part makes the point a strict minimum.
+    """
+    for seed in range(100):
+        model = scalar_net(1, activation, seed)
+        x = torch.randn(20, 2, dtype=torch.float64)
+        with torch.no_grad():
+            model[0].weight *= 2
+            model[2].weight.fill_(0.58)  # of whose products with 1/v² rounding leaves something
+        a = (x @ model[0].weight[0].detach()).requires_grad_()
+        value = activation()(a)
+        (slope,) = torch.autograd.grad(value.sum(), a, create_graph=True)
+        (bend,) = torch.autograd.grad(slope.sum(), a)
+        slopes = torch.cat([value[:, None], slope[:, None] * x], dim=1).detach()
+        aim = (bend * x.square().sum(1))[:, None]
+        residual = aim - slopes @ torch.linalg.lstsq(slopes, aim).solution
+        batch = x, model(x).detach() - 0.3 * sign * residual / residual.norm()
+        if float((sign * inner_spectra(model, batch)).min()) > 2e-3 and float(spectrum(model, batch)[0]) > 1e-3:
+            assert float(dense_hessian(model, batch)[1].norm()) <= 1e-14
+            return model, batch
+    raise AssertionError("no such minimum among these seeds")
+
+
+def spectrum(model, batch):
+    return torch.linalg.eigvalsh(dense_hessian(model, batch)[0])
+
+
+def lowest_nearby(model, probe, coefficients, tries=200):
+    """Brute search: the lowest loss among random small moves of all weights of the network split at one point."""
+    wide = split_at_zero(model, probe, 0, coefficients)
+    start = nn.utils.parameters_to_vector(wide.parameters()).detach()
+    generator, losses = torch.Generator().manual_seed(0), []
+    for _ in range(tries):
+        step = torch.randn(len(start), dtype=torch.float64, generator=generator)
+        nn.utils.vector_to_parameters(start + 1e-2 * step / step.norm(), wide.parameters())
+        losses.append(probe.loss(wide, "fitted"))
+    return min(losses)
+
+
+# --- certified -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.Softplus])
+def test_certified_leaves_a_minimum_that_positive_splits_cannot(activation):
+    model, batch = definite_minimum(1, activation)
+    probe = repeated(batch)
+    geometry, before = measure_geometry(model, probe), probe.loss(model)
+    for positive in ((0.5, 0.5), (0.2, 0.3, 0.5), (0.9, 0.1)):
+        values = spectrum(split_at_zero(model, probe, 0, positive), batch)
+        assert float(values[0]) >= -1e-10 * float(values[-1])
+        assert lowest_nearby(model, probe, positive) >= before - 1e-14
+    equal = GrowthPolicy(moves="certified", coefficients="equal", max_ratio=None)
+    assert not plan_growth(model, geometry, probe, equal)
+
+    plan = plan_growth(model, geometry, probe, GrowthPolicy(moves="certified", max_ratio=None))
+    (move,) = plan.moves
+    assert min(move.coefficients) < 0
+    assert "strict_saddle" in move.reason
+    values = spectrum(split_at_zero(model, probe, 0, move.coefficients), batch)
+    assert float(values[0]) < -1e-4 * float(values[-1])
+    event = grow(model, plan, probe=probe)
+    assert event.drift <= 1e-12
+    assert probe.loss(model) < before
+
+
+def test_certified_leaves_a_minimum_with_a_negative_definite_inner_hessian():
+    model, batch = definite_minimum(-1)
+    probe = repeated(batch)
+    geometry, before = measure_geometry(model, probe), probe.loss(model)
+    values = spectrum(split_at_zero(model, probe, 0, (2.0, -1.0)), batch)
+    assert float(values[0]) >= -1e-10 * float(values[-1])
+    signed = GrowthPolicy(moves="certified", coefficients="signed", max_ratio=None)
+    assert not plan_growth(model, geometry, probe, signed)
+    plan = plan_growth(model, geometry, probe, GrowthPolicy(moves="certified", max_ratio=None))
+    assert [move.coefficients for move in plan.moves] == [(0.5, 0.5)]
+    values = spectrum(split_at_zero(model, probe, 0, (0.5, 0.5)), batch)
+    assert float(values[0]) < -1e-4 * float(values[-1])
+    assert grow(model, plan, probe=probe).drift <= 1e-12
+    assert probe.loss(model) < before
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_chance_is_certified_as_seldom_as_promised(outputs):
+    """Where targets are outputs plus noise, S and G are zero but for sampling: nothing there is to be certified."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 300), nn.Tanh(), nn.Linear(300, outputs)).double()
+    x = torch.randn(4000, 4, dtype=torch.float64)
+    y = model(x).detach() + torch.randn(4000, outputs, dtype=torch.float64)
+    probe = Probe([(x[:2000], y[:2000]), (x[2000:], y[2000:])], mse)
+    geometry, layers = measure_geometry(model, probe), growable(model, probe)
+    shares = {}
+    for moves in ("splits", "certified"):
+        policy = GrowthPolicy(moves=moves, coefficients="equal")
+        found = split_candidates(model, layers, geometry, policy)
+        shares[moves] = sum(item.confirmed for item in found) / len(found)
+    print(shares)
+    assert shares["splits"] > 0.2
+    assert shares["certified"] <= 0.15  # neurons share samples, and either of two directions may be certified by chance
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_certified_moves_descend_beyond_their_errors(name):
+    model, probe = ZOO[name].make(samples=24)
+    geometry, layers = measure_geometry(model, probe), growable(model, probe)
+    plan = plan_growth(model, geometry, probe, GrowthPolicy(moves="certified"))
+    assert all(isinstance(move, Split) and "strict_saddle" in move.reason for move in plan.moves)
+    sure = split_candidates(model, layers, geometry, GrowthPolicy(moves="certified"))
+    likely = split_candidates(model, layers, geometry, GrowthPolicy(moves="splits", coefficients="equal"))
+    certain = {(item.move.layer, item.move.neuron) for item in sure if item.confirmed}
+    if all(item.move.coefficients == (0.5, 0.5) for item in sure):
+        assert certain <= {(item.move.layer, item.move.neuron) for item in likely if item.confirmed}
+    for item in sure:
+        found, r, parts = geometry[item.move.layer], item.move.neuron, item.move.out_offset.abs().max() > 0
+        if item.confirmed and parts:
+            assert found.escape_interval[r, 1] < 0
+            assert found.escape_eigenvalue[r] + found.escape_residual[r] < 0
+        elif item.confirmed and min(item.move.coefficients) > 0:
+            assert found.interval[r, 1] < 0
+        elif item.confirmed:
+            assert found.max_interval[r, 0] > 0
+    if not plan:
+        assert "growth would not" in plan.reason
+
+
+# --- preserve --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_preserve_keeps_function_and_minimality(sign):
+    model, batch = definite_minimum(sign)
+    probe = repeated(batch)
+    before, outputs = probe.loss(model), model(batch[0])
+    plan = plan_growth(model, measure_geometry(model, probe), probe, GrowthPolicy(moves="preserve", max_ratio=None))
+    (move,) = plan.moves
+    assert (min(move.coefficients) > 0) == (sign == 1)
+    assert move.reason.startswith("minimum: ")
+    assert not move.in_offset.any()
+    assert not move.out_offset.any()
+    event = grow(model, plan, probe=probe)
+    assert event.drift <= 1e-12
+    assert probe.loss(model) == pytest.approx(before, rel=1e-12)
+    torch.testing.assert_close(model(batch[0]), outputs, rtol=1e-12, atol=1e-12)
+    hessian, gradient, _ = dense_hessian(model, batch)
+    values = torch.linalg.eigvalsh(hessian)
+    assert float(gradient.norm()) <= 1e-9
+    assert float(values[0]) >= -1e-10 * float(values[-1])
+
+
+def test_preserve_is_refused_where_the_coefficients_asked_for_leave_the_minimum():
+    model, batch = definite_minimum(1)
+    probe = repeated(batch)
+    policy = GrowthPolicy(moves="preserve", coefficients=(2.0, -1.0))
+    plan = plan_growth(model, measure_geometry(model, probe), probe, policy)
+    assert not plan
+    assert "no neuron's plateau has a region of minima" in plan.reason
+    assert "a negative coefficient turns" in plan.reason
+
+
+def test_preserve_is_refused_where_the_inner_hessian_is_indefinite():
+    model, _, probe, _ = deep()
+    plan = plan_growth(model, measure_geometry(model, probe), probe, GrowthPolicy(moves="preserve"))
+    assert not plan
+    assert "growth would not keep a minimum here, because" in plan.reason
+    assert "indefinite" in plan.reason
+
+
+def test_preserve_is_refused_where_the_coupling_is_not_zero():
+    """The second output reads the same neuron: its error couples, though the first one's inner Hessian is definite."""
+    model, batch = definite_minimum(1)
+    wide = nn.Sequential(model[0], model[1], nn.Linear(1, 2, bias=False)).double()
+    with torch.no_grad():
+        wide[2].weight.copy_(torch.cat([model[2].weight, 0 * model[2].weight]))
+    y = torch.cat([batch[1], 0.3 * batch[0][:, :1] ** 2], dim=1)
+    probe = repeated((batch[0], y))
+    plan = plan_growth(wide, measure_geometry(wide, probe), probe, GrowthPolicy(moves="preserve", max_ratio=None))
+    assert not plan
+    assert "the coupling is not zero" in plan.reason
+
+
+# --- even ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ratio", [1.5, 3.5])
+@pytest.mark.parametrize("name", ["mlp", "conv+bn", "gated", "inverted bottleneck"])
+def test_even_widens_every_layer_by_the_ratio(name, ratio):
+    model, probe = ZOO[name].make()
+    plan = plan_growth(model, measure_geometry(model, probe), probe, GrowthPolicy(moves="even", max_ratio=ratio))
+    assert f"every layer by the ratio {ratio:g}" in plan.reason
+    before = probe.loss(model)
+    event = grow(model, plan, probe=probe)
+    assert {a for a, _ in event.widths.values()}
+    for old, new in event.widths.values():
+        assert new == int(old * ratio + 0.5)
+    assert event.realised_fitted == pytest.approx(plan.fitted_decrease, rel=1e-9)
+    if "copies part by the least" in plan.reason:  # the function is kept but for it
+        assert probe.loss(model) == pytest.approx(before, rel=1e-3)
+    else:
+        assert plan.held_out_decrease > 0
+
+
+def test_even_has_a_plan_where_nothing_is_to_be_gained():
+    """On the held-out half the network is perfect, so no move can pay there."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x = torch.randn(2, 40, 3, dtype=torch.float64)
+    y = [model(x[0]).detach() + torch.randn(40, 2, dtype=torch.float64), model(x[1]).detach()]
+    probe = Probe(list(zip(x, y, strict=True)), mse)
+    geometry = measure_geometry(model, probe)
+    assert not plan_growth(model, geometry, probe, GrowthPolicy(max_ratio=3))
+    plan = plan_growth(model, geometry, probe, GrowthPolicy(moves="even"))
+    assert sum(move.added for move in plan.moves) == 4
+    assert "no size of the moves pays on the held-out half" in plan.reason
+    assert grow(model, plan, probe=probe).widths == {"0": (4, 8)}
+    assert probe.loss(model, "held_out") < 1e-4
+
+
+def test_copies_side_by_side_are_what_was_predicted():
+    """Three and more copies of a neuron: their second-order decrease is that of the loss."""
+    model, _, probe, _ = deep()
+    policy = GrowthPolicy(moves="even", max_ratio=6.0)
+    plan = plan_growth(model, measure_geometry(model, probe), probe, policy)
+    move = next(move for move in plan.moves if isinstance(move, Split) and len(move.coefficients) > 2)
+    assert len({tuple(row) for row in move.in_offset.tolist()}) == len(move.coefficients)
+    alone, before, falls = replace(plan, moves=(move,)), probe.loss(model, "fitted"), []
+    for sign in (1, -1):
+        with widened(model, replace(alone, moves=(search.stretch(move, sign * 0.5),))):
+            falls.append(before - probe.loss(model, "fitted"))
+    assert sum(falls) / 2 == pytest.approx(move.predicted_decrease / 4, rel=0.05)
+
+
+# --- a chooser of the user's own -------------------------------------------------------------------------------------
+
+
+def lowest_curvature(model, geometry, probe, policy, layers):
+    """Duplicates the neurons of lowest curvature."""
+    order = geometry[layers[0].name].min_eigenvalue.argsort().tolist()
+    return [duplicate(model, layers[0], r) for r in order]
+
+
+def nothing(model, geometry, probe, policy, layers):
+    return []
+
+
+def nonsense(model, geometry, probe, policy, layers):
+    return ["0"]
+
+
+@pytest.mark.parametrize("moves", [lowest_curvature, "test_policies:lowest_curvature"])
+def test_a_chooser_is_followed_within_the_budgets(moves):
+    model, _, probe, _ = deep()
+    geometry = measure_geometry(model, probe)
+    plan = plan_growth(model, geometry, probe, GrowthPolicy(moves=moves, max_neurons=3, max_ratio=None))
+    assert [move.neuron for move in plan.moves] == geometry["0"].min_eigenvalue.argsort()[:3].tolist()
+    assert plan.reason == "chosen by lowest_curvature, 3 of 4 moves"
+    assert abs(plan.fitted_decrease) <= 1e-14
+    assert grow(model, plan, probe=probe).grown
+    assert not plan_growth(model, measure_geometry(model, probe), probe, GrowthPolicy(moves=moves, max_neurons=0))
+
+
+def test_choosers_that_return_nothing_or_nonsense():
+    model, _, probe, _ = deep()
+    geometry = measure_geometry(model, probe)
+    plan = plan_growth(model, geometry, probe, GrowthPolicy(moves=nothing))
+    assert plan.reason == "growth would not help here: nothing proposes no move"
+    with pytest.raises(SplitWatchError, match="moves: required Split or Sprout records from nonsense, found str"):
+        plan_growth(model, geometry, probe, GrowthPolicy(moves=nonsense))
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"moves": "leaps"}, r'moves: required "mixed", .* "even", "module:function" or a function, found .leaps.'),
+        ({"moves": "no_such_module:f"}, r"moves: required a function that can be imported, found 'no_such_module:f'"),
+        ({"moves": "math:no_such_name"}, r"required a function that can be imported"),
+        ({"moves": "math:pi"}, r"moves: required a function, found float at 'math:pi'"),
+        ({"moves": ["mixed"]}, r"moves: required"),
+        ({"moves": "even", "max_ratio": None}, r'max_ratio: required a number with moves="even", found None'),
+        ({"per": "layer"}, r'per: required "parameter", "neuron" or "flop", found .layer.'),
+        ({"max_flops": -1}, r"max_flops: required a number ≥ 0 or None, found -1"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings, match):
+    with pytest.raises(SplitWatchError, match=match):
+        GrowthPolicy(**settings)
+
+
+# --- budgets ---------------------------------------------------------------------------------------------------------
+
+
+def test_operations_are_those_counted_by_hand():
+    """Two a weight forward, two for its gradient, two for its input's, which the first layer's needs not."""
+    model, _, probe, _ = deep()
+    first, others = 3 * 4, 4 * 5 + 5 * 2
+    assert count_flops(model, probe) == 4 * first + 6 * others
+    conv = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(3 * 36, 2)).double()
+    x = torch.randn(10, 2, 6, 6, dtype=torch.float64)
+    images = Probe([(x, torch.randn(10, 2, dtype=torch.float64))], mse)
+    assert count_flops(conv, images) == 4 * (2 * 9 * 3 * 36) + 6 * (3 * 36 * 2)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_prices_are_what_one_more_neuron_costs(name):
+    model, probe = ZOO[name].make(samples=4)
+    layers = growable(model, probe)
+    found = prices(model, probe, GrowthPolicy(per="flop"), layers)
+    for layer in layers:
+        wide = copy.deepcopy(model)
+        grow(wide, replace(plan_of(layers), moves=(duplicate(model, layer, 0),)))
+        assert found[layer.name].neuron == 1
+        assert found[layer.name].parameter == count_parameters(wide) - count_parameters(model) > 0
+        assert found[layer.name].flop == count_flops(wide, probe) - count_flops(model, probe) > 0
+
+
+def plan_of(layers):
+    return search.GrowthPlan(tuple(layers), (), "by hand")
+
+
+@pytest.mark.parametrize("moves", ["splits", "mixed", "even", lowest_curvature])
+@pytest.mark.parametrize("share", [1.0, 1.6])
+@pytest.mark.parametrize("name", ["mlp", "conv+bn"])
+def test_a_budget_of_operations_is_never_exceeded(name, share, moves):
+    model, probe = ZOO[name].make()
+    limit = share * count_flops(model, probe)
+    policy = GrowthPolicy(moves=moves, max_flops=limit, per="flop")
+    plan = plan_growth(model, measure_geometry(model, probe), probe, policy)
+    grow(model, plan, probe=probe)
+    assert count_flops(model, probe) <= limit
+    assert bool(plan) or share < 1.6 or "would not help" in plan.reason or "budget" in plan.reason
+
+
+def test_moves_compete_by_what_the_policy_counts():
+    model, _, probe, _ = deep()
+    geometry, layers = measure_geometry(model, probe), growable(model, probe)
+    for per in ("neuron", "parameter", "flop"):
+        policy = GrowthPolicy(moves="splits", per=per, max_neurons=3, max_ratio=None)
+        items = [item for item in split_candidates(model, layers, geometry, policy) if item.confirmed]
+        price = {"0": {"neuron": 1, "parameter": 4 + 5, "flop": 4 * 3 + 6 * 5}}
+        price["2"] = {"neuron": 1, "parameter": 5 + 2, "flop": 6 * 4 + 6 * 2}
+        items.sort(key=lambda item: -item.move.predicted_decrease / price[item.move.layer][per])
+        chosen = search.within_budget(model, layers, items[::-1], probe, policy)
+        assert [(m.layer, m.neuron) for m in chosen] == [(x.move.layer, x.move.neuron) for x in items[:3]]
+
+
+@pytest.mark.parametrize("moves", [*MOVES, nothing, lowest_curvature])
+def test_a_grower_follows_every_policy_and_reports_it(moves):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+    x = torch.randn(64, 3, dtype=torch.float64)
+    batch = x, torch.sin(2 * x[:, :1])
+    policy = GrowthPolicy(moves=moves, window=10, noise_ratio=1e9, tolerance=1e9, max_overhead=None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    grower = Grower(model, optimizer, mse, policy, probe=Probe([batch], mse), progress=False)
+    events = [event for _ in range(12) if (event := grower.step(batch, mse(model, batch).detach()))]
+    assert len(events) == 1
+    event = events[0]
+    assert event.grown == bool(event.plan)
+    assert event.grown or "growth would not" in event.plan.reason
+    assert "**Decision:**" in event_markdown(event)
+    assert all(value == value for key, value in event_scalars(event).items() if "realised" in key and event.grown)
+    if event.grown and callable(moves):
+        assert event.drift <= 1e-12
+
+
+# --- the line search, and what ascent measures -----------------------------------------------------------------------
+
+
+def test_a_line_search_goes_on_only_where_its_end_is_best(monkeypatch):
+    model, probe = ZOO["mlp"].make()
+    layers, whole = growable(model, probe), search.OFFSETS
+    items = split_candidates(model, layers, measure_geometry(model, probe), GrowthPolicy(moves="splits"))
+    far, near = (replace(plan_of(layers), moves=(search.stretch(items[0].move, size),)) for size in (0.01, 100.0))
+    found = search.searched(model, near, probe)
+    assert [size for size, _ in found.line_search] == list(whole)
+    found = search.searched(model, far, probe)
+    sizes, falls = [size for size, _ in found.line_search], dict(found.line_search)
+    assert sizes[: len(whole)] == list(whole)
+    assert len(whole) < len(sizes)
+    assert all(b == 2 * a for a, b in itertools.pairwise(sizes))
+    assert found.offset == max(falls, key=lambda size: falls[size])
+    assert found.offset == sizes[-2] or found.offset == sizes[-1] == search.FARTHEST
+    plain = replace(far, moves=(search.stretch(far.moves[0], found.offset),))
+    with widened(model, plain):
+        after = probe.loss(model, "fitted")
+    assert probe.loss(model, "fitted") - after == pytest.approx(found.fitted_decrease, rel=1e-12)
+
+
+def test_ascent_measures_each_place_once(monkeypatch):
+    model, probe = ZOO["mlp"].make()
+    layer, calls = growable(model, probe)[0], []
+    measure = Seedbed.measure
+    monkeypatch.setattr(Seedbed, "measure", lambda bed, w: calls.append(1) or measure(bed, w))
+    pursuit.pursue(model, layer, probe, 2, max_bytes=2**28)
+    assert len(calls) == ASCENT + 2
