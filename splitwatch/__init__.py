@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from splitwatch.events import Comparison, GrowthEvent, Outcome
 from splitwatch.geometry.dense import coupling, inner_hessian
 from splitwatch.geometry.escape import directional_stationarity, escape_neurons
 from splitwatch.geometry.measure import measure_geometry
@@ -19,7 +20,6 @@ from splitwatch.layers import find_hidden_layers
 from splitwatch.metrics import GradientNoise, HeldOutQuotient, ProbeLoss
 from splitwatch.probe import Probe
 from splitwatch.records import (
-    GrowthEvent,
     GrowthPlan,
     HiddenLayer,
     LayerGeometry,
@@ -45,6 +45,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "Comparison",
     "GradientNoise",
     "Grower",
     "GrowthEvent",
@@ -53,6 +54,7 @@ __all__ = [
     "HeldOutQuotient",
     "HiddenLayer",
     "LayerGeometry",
+    "Outcome",
     "PlateauVerdict",
     "Probe",
     "ProbeLoss",

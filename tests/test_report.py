@@ -8,9 +8,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from torch.utils.tensorboard import SummaryWriter
 
+from splitwatch.events import GrowthEvent
 from splitwatch.geometry.plateau import classify_split, plateau_regions
 from splitwatch.records import (
-    GrowthEvent,
     GrowthPlan,
     LayerGeometry,
     PlateauVerdict,

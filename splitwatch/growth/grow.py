@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from splitwatch.anatomy import plain_name
+from splitwatch.events import GrowthEvent
 from splitwatch.growth.atomic import all_or_nothing, held_back
 from splitwatch.growth.checkpoint import remember
 from splitwatch.growth.optimizer import exchange
 from splitwatch.growth.surgery import Surgery, prepare
 from splitwatch.probe import Probe
 from splitwatch.ranks import largest_over_ranks
-from splitwatch.records import GrowthEvent, GrowthPlan, Split, SplitWatchError
+from splitwatch.records import GrowthPlan, Split, SplitWatchError
 
 _DRIFT_BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 """By the precision in which the copies' weights are rounded; those of equal copies are halves, exact in any."""

@@ -36,6 +36,9 @@ class GrowthPolicy:
             and a run that may grow is held back only after a minute of measurements that came to nothing.
         max_bytes: memory that a measurement may keep beside the model's own forward and backward pass on one batch, and
             half of it again for the solver's vectors; what does not fit is computed again instead.
+        control: training steps for which a copy that did not grow is trained beside the network after each growth, on
+            the same batches; then both are compared. It takes as long again as these steps, and the memory of a second
+            network with its optimizer, and changes nothing else.
     """
 
     layers: Sequence[str] | None = None
@@ -52,6 +55,7 @@ class GrowthPolicy:
     probe_samples: int = 4096
     max_overhead: float | None = 0.01
     max_bytes: int = MAX_BYTES
+    control: int | None = None
 
     def __post_init__(self) -> None:
         limits = (
@@ -75,6 +79,8 @@ class GrowthPolicy:
             raise SplitWatchError(f'moves: required "splits", "sprouts" or "mixed", found {self.moves!r}')
         if not self.cap > 1:
             raise SplitWatchError(f"cap: required Σ|λ| > 1 (1 leaves no negative coefficient), found {self.cap}")
+        if self.control is not None and not self.control >= 1:
+            raise SplitWatchError(f"control: required a number of steps ≥ 1 or None, found {self.control}")
         for name, least in (("window", 10), ("probe_samples", 2), ("max_bytes", 1)):
             if getattr(self, name) < least:
                 raise SplitWatchError(f"{name}: required at least {least}, found {getattr(self, name)}")

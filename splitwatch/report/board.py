@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
-from splitwatch.records import GrowthEvent, LayerGeometry, Split
+from splitwatch.events import GrowthEvent
+from splitwatch.records import LayerGeometry, Split
 from splitwatch.report.page import event_markdown
 from splitwatch.report.scalars import ROOT, event_scalars, size_scalars
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Final
 
-from splitwatch.records import GrowthEvent, LayerGeometry
+from splitwatch.events import GrowthEvent
+from splitwatch.records import LayerGeometry
 
 ROOT: Final = "splitwatch"
 CERTAINTY: Final = {"moving": 0.0, "suspected": 0.5, "undecided": 0.5, "stationary": 1.0}
@@ -16,7 +17,8 @@ def event_scalars(event: GrowthEvent) -> dict[str, float]:
 
     Eigenvalues are the extremes over a layer's neurons, ``min_eigenvalue_low``, ``_median`` and ``_high`` the 5 %, 50 %
     and 95 % quantiles of the lower ends; ``growth/realised_decrease`` is held out, ``growth/realised_fitted`` is not;
-    ``overhead`` is the share of training time that monitoring took so far.
+    ``overhead`` is the share of training time that monitoring took so far; ``control/difference`` is by how much the
+    held-out loss is lower than that of a copy that did not grow.
     """
     plan, scalars = event.plan, dict[str, float]()
     if event.verdict is not None:
@@ -33,6 +35,9 @@ def event_scalars(event: GrowthEvent) -> dict[str, float]:
     if event.seconds:
         scalars["growth/seconds"] = sum(event.seconds.values())
     scalars["overhead"] = event.overhead
+    if event.comparison is not None:
+        names = ("difference", "error", "grown", "control", "grown_training", "control_training")
+        scalars |= {f"control/{name}": getattr(event.comparison, name) for name in names}
     known = {f"{ROOT}/{tag}": value for tag, value in scalars.items() if not math.isnan(value)}
     return known | size_scalars(event)
 
