@@ -33,7 +33,8 @@ class Outcome:
         return f"{self.kind} in {self.layer}" if self.moves == 1 else f"{self.moves} {self.kind}s in {self.layer}"
 
     def __str__(self) -> str:
-        return f"{self.predicted:.3e}, {self.realised:.3e}" + (" (certified)" if self.certified else "")
+        words = f"predicted {self.predicted:.3e}, realised {self.realised:.3e} (held out)"
+        return words + (", certified" if self.certified else "")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,11 +112,12 @@ class GrowthEvent:
             rows["decrease predicted"] = f"{self.plan.predicted_decrease:.4e}"
             rows["decrease realised (fitted half)"] = f"{self.realised_fitted:.4e}"
             rows["decrease realised (held-out half)"] = f"{self.realised_held_out:.4e}"
-        rows |= {f"predicted, realised by {item.name}": item for item in self.outcomes}
+        rows |= {f"{i}. {item.name}": item for i, item in enumerate(self.outcomes, 1)}
         if self.restarted:
             rows["optimizer state restarted"] = ", ".join(self.restarted)
         rows |= {f"caveat {i}": words for i, words in enumerate(self.caveats, 1)}
-        rows["seconds"] = ", ".join(f"{stage} {value:.2f}" for stage, value in self.seconds.items())
+        if self.seconds:
+            rows["seconds"] = ", ".join(f"{stage} {value:.2f}" for stage, value in self.seconds.items())
         rows |= {"monitoring so far": f"{self.overhead:.2%} of training time"} if self.overhead >= 0 else {}
         done = "grew" if self.grown else "measured" if self.comparison is None else "compared"
         return table(f"step {self.step}: {done}: {self.plan.reason}", rows)

@@ -20,6 +20,7 @@ from splitwatch.geometry.caveats import caveats
 from splitwatch.geometry.measure import measure_geometry
 from splitwatch.growth.grow import count_parameters, grow
 from splitwatch.growth.optimizer import coupled_weight_decay
+from splitwatch.growth.outcomes import outcomes
 from splitwatch.growth.plan import plan_growth
 from splitwatch.growth.policy import GrowthPolicy
 from splitwatch.layers import find_hidden_layers, select_layers
@@ -264,7 +265,7 @@ class Grower:
                 move = next((move for move in plan.moves if isinstance(move, Split)), None)
                 decay = coupled_weight_decay(self.optimizers)
                 warnings = caveats(self.model, probe, layers, geometry, move, decay)
-            event = self._grown(plan, probe, stages)
+            event = self._grown(plan, probe, stages, geometry)
         finally:
             stages.close()
         point = f"{narrow.kind.replace('_', ' ')}: {narrow.reason}" if narrow else ""
@@ -279,13 +280,14 @@ class Grower:
             return "at a stationary point, but max_overhead does not allow to measure its geometry yet"
         return "" if stationary else f"not at a stationary point ({verdict.kind})"
 
-    def _grown(self, plan: GrowthPlan, probe: Probe, stages: Stages) -> GrowthEvent:
+    def _grown(self, plan: GrowthPlan, probe: Probe, stages: Stages, geometry: dict[str, LayerGeometry]) -> GrowthEvent:
         if plan and not self.monitor_only:
             self._compare()  # with what was not grown the last time
             steps = self.policy.control
             control = steps and control_for(self.model, self.optimizers, self.training_loss, probe, steps)
             with stages("growth"):
-                event = grow(self.model, plan, self.optimizers, probe=probe)
+                parts = outcomes(self.model, plan, probe, geometry)
+                event = replace(grow(self.model, plan, self.optimizers, probe=probe), outcomes=parts)
             self.control = control or None
             return event
         widths = {layer.name: (layer.width, layer.width) for layer in plan.layers}

@@ -45,7 +45,7 @@ OWNERS = {
     "lightning": "lightning/",
     "tensorboard": "report/board.py",
     "torch.utils.tensorboard": "report/board.py",
-    "matplotlib": "report/figures.py",
+    "matplotlib": "report/figures",
 }
 
 

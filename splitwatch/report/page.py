@@ -41,6 +41,10 @@ def event_markdown(event: GrowthEvent) -> str:
         heads = ("layer", "neuron", "coefficients", "predicted decrease", "why")
         more = [f"… and {len(moves) - LISTED} more."] if len(moves) > LISTED else []
         parts += ["### Moves", _table(heads, map(_move, moves[:LISTED])), *more]
+    if event.outcomes:
+        rows = ((x.name, _number(x.predicted), _number(x.realised), _yes(x.certified)) for x in event.outcomes)
+        heads = ("moves", "decrease predicted", "realised, held-out half", "certified")
+        parts += ["### What came of the moves", _table(heads, rows)]
     if event.plateaus:
         rows = ((name, item.kind.replace("_", " "), _words(item.reason)) for name, item in event.plateaus.items())
         parts += ["### Plateaus", _table(("split", "kind", "why"), rows)]
@@ -89,6 +93,10 @@ def _move(move: Split | Sprout) -> tuple[str, ...]:
     if isinstance(move, Split):
         neuron, coefficients = str(move.neuron), ", ".join(map(_number, move.coefficients))
     return f"`{move.layer}`", neuron, coefficients, _number(move.predicted_decrease), _words(move.reason)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
 
 
 def _number(value: float) -> str:

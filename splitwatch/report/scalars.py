@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import fmean, median
 from typing import Final
 
 from splitwatch.events import GrowthEvent
@@ -18,7 +19,9 @@ def event_scalars(event: GrowthEvent) -> dict[str, float]:
     Eigenvalues are the extremes over a layer's neurons, ``min_eigenvalue_low``, ``_median`` and ``_high`` the 5 %, 50 %
     and 95 % quantiles of the lower ends; ``growth/realised_decrease`` is held out, ``growth/realised_fitted`` is not;
     ``overhead`` is the share of training time that monitoring took so far; ``control/difference`` is by how much the
-    held-out loss is lower than that of a copy that did not grow.
+    held-out loss is lower than that of a copy that did not grow; ``calibration/realised_over_predicted`` is the median
+    over the moves, beside the shares of moves within a factor of two of the prediction and of those that decrease the
+    loss at all.
     """
     plan, scalars = event.plan, dict[str, float]()
     if event.verdict is not None:
@@ -35,6 +38,11 @@ def event_scalars(event: GrowthEvent) -> dict[str, float]:
     if event.seconds:
         scalars["growth/seconds"] = sum(event.seconds.values())
     scalars["overhead"] = event.overhead
+    ratios = [item.realised / item.predicted for item in event.outcomes if item.predicted > 0]
+    if ratios:
+        scalars["calibration/realised_over_predicted"] = median(ratios)
+        scalars["calibration/within_factor_two"] = fmean(0.5 <= ratio <= 2 for ratio in ratios)
+        scalars["calibration/decreasing"] = fmean(item.realised > 0 for item in event.outcomes)
     if event.comparison is not None:
         names = ("difference", "error", "grown", "control", "grown_training", "control_training")
         scalars |= {f"control/{name}": getattr(event.comparison, name) for name in names}
