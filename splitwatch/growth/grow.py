@@ -16,6 +16,7 @@ from splitwatch.events import GrowthEvent
 from splitwatch.growth.atomic import all_or_nothing, held_back
 from splitwatch.growth.checkpoint import remember
 from splitwatch.growth.optimizer import exchange
+from splitwatch.growth.statistics import moved_channels, renew_statistics
 from splitwatch.growth.surgery import Surgery, prepare
 from splitwatch.probe import Probe
 from splitwatch.ranks import largest_over_ranks
@@ -34,7 +35,8 @@ def grow(
         model: the network; its parameters are replaced in place, its modules stay.
         plan: what ``plan_growth`` returned, or moves of your own.
         optimizers: every optimizer that owns parameters of the model; schedulers need not be told.
-        probe: where output drift at zero offset and the realised decrease are measured; neither is known without it.
+        probe: where output drift at zero offset and the realised decrease are measured, and BatchNorm statistics of
+            neurons whose incoming weights move; none of these is known without it.
 
     Returns:
         What happened; ``drift`` is at most 1e-6 in float32, 1e-12 in float64 (2e-3 and 2e-2 where the
@@ -67,9 +69,12 @@ def _grown(
     losses = _losses(model, probe)
     names = {id(parameter): plain_name(name) for name, parameter in model.named_parameters()}
     exchanges = [exchange(optimizer, surgery.replacements) for optimizer in optimizers]
+    moved = moved_channels(model, plan)
     surgery.commit()
     for item in exchanges:
         item.commit()
+    if probe is not None:
+        renew_statistics(model, moved, probe)
     realised = [old - new for old, new in zip(losses, _losses(model, probe), strict=True)]
     fitted, held_out = realised or (float("nan"), float("nan"))
     remember(model, plan)
