@@ -30,6 +30,7 @@ from splitwatch.records import (
     StationarityVerdict,
     UnsupportedLayerError,
 )
+from splitwatch.rewarm import Rewarm
 from splitwatch.watch.stationarity import StationarityDetector
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ __all__ = [
     "PlateauVerdict",
     "Probe",
     "ProbeLoss",
+    "Rewarm",
     "Split",
     "SplitWatch",
     "SplitWatchError",

@@ -34,6 +34,7 @@ from splitwatch.records import (
     SplitWatchError,
     StationarityVerdict,
 )
+from splitwatch.rewarm import Rewarm
 from splitwatch.watch.stationarity import BLOCKS, StationarityDetector
 
 Sink = Callable[[GrowthEvent], object]
@@ -64,8 +65,6 @@ class Grower:
     plans that were carried out do. Sinks get every event whole. Where several processes train together, each calls
     ``step`` on its own batches. They measure on the samples of all, and whatever is decided rests on numbers that are
     the same on each rank: parameters that are the same on all ranks stay so when the network grows.
-
-    Source of the procedure: docs/architecture.md.
     """
 
     def __init__(
@@ -95,6 +94,7 @@ class Grower:
         self.pending = False
         self.training_loss = training_loss or loss_fn
         self.control: Control | None = None
+        self.rewarm = [Rewarm(o, self.policy.rewarm) for o in self.optimizers if self.policy.rewarm]
 
     def step(self, batch: Batch, loss: Tensor | float) -> GrowthEvent | None:
         """Take note of one training step, after ``optimizer.step()``; measure and grow where it is time to.
@@ -204,6 +204,7 @@ class Grower:
         """What has to survive a restart, in builtins. The probe is collected afresh, a control is not continued."""
         counts = {key: getattr(self, key) for key in ("steps", "growths", "batch_size", "pending")}
         counts["control"] = 0 if self.control is None else len(self.control.losses)
+        counts["rewarm"] = [item.done for item in self.rewarm]
         return {**counts, "detector": self.detector.state_dict(), "budget": self.budget.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -211,6 +212,8 @@ class Grower:
         for key in ("steps", "growths", "batch_size"):
             setattr(self, key, state[key])
         self.pending = bool(state["pending"]) and self.fixed_probe is not None
+        for item, done in zip(self.rewarm, state.get("rewarm", ()), strict=False):
+            item.begin(done)
         if done := state.get("control"):
             _logger.warning("a control is dropped: its copy, %d steps after growth, was not saved", done)
         self.detector.load_state_dict(state["detector"])
@@ -288,6 +291,8 @@ class Grower:
             with stages("growth"):
                 parts = outcomes(self.model, plan, probe, geometry)
                 event = replace(grow(self.model, plan, self.optimizers, probe=probe), outcomes=parts)
+            for item in self.rewarm:
+                item.begin()
             self.control = control or None
             return event
         widths = {layer.name: (layer.width, layer.width) for layer in plan.layers}

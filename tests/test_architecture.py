@@ -32,6 +32,7 @@ ROOMS = (
     "report",
     "diagnosis",
     "control",
+    "rewarm",
     "grower",
     "lightning",
     "bench",

@@ -39,6 +39,8 @@ class GrowthPolicy:
         control: training steps for which a copy that did not grow is trained beside the network after each growth, on
             the same batches; then both are compared. It takes as long again as these steps, and the memory of a second
             network with its optimizer, and changes nothing else.
+        rewarm: training steps over which the learning rates of all optimizers grow back from a tenth of what schedulers
+            say after each growth, see ``Rewarm``.
     """
 
     layers: Sequence[str] | None = None
@@ -56,6 +58,7 @@ class GrowthPolicy:
     max_overhead: float | None = 0.01
     max_bytes: int = MAX_BYTES
     control: int | None = None
+    rewarm: int | None = None
 
     def __post_init__(self) -> None:
         limits = (
@@ -79,8 +82,9 @@ class GrowthPolicy:
             raise SplitWatchError(f'moves: required "splits", "sprouts" or "mixed", found {self.moves!r}')
         if not self.cap > 1:
             raise SplitWatchError(f"cap: required Σ|λ| > 1 (1 leaves no negative coefficient), found {self.cap}")
-        if self.control is not None and not self.control >= 1:
-            raise SplitWatchError(f"control: required a number of steps ≥ 1 or None, found {self.control}")
+        for name in ("control", "rewarm"):
+            if (value := getattr(self, name)) is not None and not value >= 1:
+                raise SplitWatchError(f"{name}: required a number of steps ≥ 1 or None, found {value}")
         for name, least in (("window", 10), ("probe_samples", 2), ("max_bytes", 1)):
             if getattr(self, name) < least:
                 raise SplitWatchError(f"{name}: required at least {least}, found {getattr(self, name)}")

@@ -44,8 +44,11 @@ def event_scalars(event: GrowthEvent) -> dict[str, float]:
         scalars["calibration/within_factor_two"] = fmean(0.5 <= ratio <= 2 for ratio in ratios)
         scalars["calibration/decreasing"] = fmean(item.realised > 0 for item in event.outcomes)
     if event.comparison is not None:
-        names = ("difference", "error", "grown", "control", "grown_training", "control_training")
-        scalars |= {f"control/{name}": getattr(event.comparison, name) for name in names}
+        found = event.comparison
+        scalars |= {"control/difference": found.difference, "control/error": found.error}
+        scalars |= {"control/loss_with_growth": found.grown, "control/loss_without": found.control}
+        scalars["control/training_with_growth"] = found.grown_training
+        scalars["control/training_without"] = found.control_training
     known = {f"{ROOT}/{tag}": value for tag, value in scalars.items() if not math.isnan(value)}
     return known | size_scalars(event)
 
