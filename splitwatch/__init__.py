@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from splitwatch.events import Comparison, GrowthEvent, Outcome
 from splitwatch.geometry.dense import coupling, inner_hessian
 from splitwatch.geometry.escape import directional_stationarity, escape_neurons
 from splitwatch.geometry.measure import measure_geometry
@@ -20,7 +21,6 @@ from splitwatch.layers import find_hidden_layers
 from splitwatch.metrics import GradientNoise, HeldOutQuotient, ProbeLoss
 from splitwatch.probe import Probe
 from splitwatch.records import (
-    GrowthEvent,
     GrowthPlan,
     HiddenLayer,
     LayerGeometry,
@@ -31,6 +31,7 @@ from splitwatch.records import (
     StationarityVerdict,
     UnsupportedLayerError,
 )
+from splitwatch.rewarm import Rewarm
 from splitwatch.watch.stationarity import StationarityDetector
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "Comparison",
     "GradientNoise",
     "Grower",
     "GrowthEvent",
@@ -54,9 +56,11 @@ __all__ = [
     "HeldOutQuotient",
     "HiddenLayer",
     "LayerGeometry",
+    "Outcome",
     "PlateauVerdict",
     "Probe",
     "ProbeLoss",
+    "Rewarm",
     "Split",
     "SplitWatch",
     "SplitWatchError",

@@ -2,47 +2,44 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from tqdm import tqdm
 
 from splitwatch.batches import Batch, batch_size
-from splitwatch.budget import GEOMETRY, TEST, Budget
+from splitwatch.budget import GEOMETRY, TEST, Budget, Stages
 from splitwatch.collect import ProbeCollector
+from splitwatch.control import Control, control_for
+from splitwatch.diagnosis import narrow_point, plateaus
+from splitwatch.events import GrowthEvent, light
 from splitwatch.geometry.caveats import caveats
-from splitwatch.geometry.diagnose import diagnose_splits
-from splitwatch.geometry.measure import EQUAL, measure_geometry
-from splitwatch.geometry.narrow import NarrowVerdict, narrow_verdict
-from splitwatch.geometry.plateau import Narrow
+from splitwatch.geometry.measure import measure_geometry
 from splitwatch.growth.grow import count_parameters, grow
 from splitwatch.growth.optimizer import coupled_weight_decay
+from splitwatch.growth.outcomes import outcomes
 from splitwatch.growth.plan import plan_growth
 from splitwatch.growth.policy import GrowthPolicy
 from splitwatch.layers import find_hidden_layers, select_layers
 from splitwatch.probe import LossFunction, Probe
 from splitwatch.ranks import everywhere, is_first, summed_number
 from splitwatch.records import (
-    GrowthEvent,
     GrowthPlan,
     HiddenLayer,
     LayerGeometry,
-    PlateauVerdict,
     Split,
     SplitWatchError,
     StationarityVerdict,
 )
+from splitwatch.rewarm import Rewarm
 from splitwatch.watch.stationarity import BLOCKS, StationarityDetector
 
 Sink = Callable[[GrowthEvent], object]
 
-NARROW_LIMIT = 20_000
-"""Parameters up to which the diagnosis looks at the Hessian of the whole network; beyond, it would cost too much."""
+_logger = logging.getLogger("splitwatch")
 
 
 class Grower:
@@ -62,13 +59,12 @@ class Grower:
         sinks: called with every event.
         probe: fixed batches to measure on; by default they are collected from the training batches.
         progress: show a progress bar while measuring (on a terminal).
+        training_loss: what training minimises, where that is not ``loss_fn``; a control is trained on it.
 
     ``events`` keeps what was measured; only the last event with geometry keeps its tensors, of those before it only the
     plans that were carried out do. Sinks get every event whole. Where several processes train together, each calls
     ``step`` on its own batches. They measure on the samples of all, and whatever is decided rests on numbers that are
     the same on each rank: parameters that are the same on all ranks stay so when the network grows.
-
-    Source of the procedure: docs/architecture.md.
     """
 
     def __init__(
@@ -82,6 +78,7 @@ class Grower:
         sinks: Iterable[Sink] = (),
         probe: Probe | None = None,
         progress: bool = True,
+        training_loss: LossFunction | None = None,
     ) -> None:
         self.model = model
         self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
@@ -95,6 +92,9 @@ class Grower:
         self.steps = self.growths = self.batch_size = 0
         self.budget = Budget(self.policy.max_overhead, growing=not monitor_only)
         self.pending = False
+        self.training_loss = training_loss or loss_fn
+        self.control: Control | None = None
+        self.rewarm = [Rewarm(o, self.policy.rewarm) for o in self.optimizers if self.policy.rewarm]
 
     def step(self, batch: Batch, loss: Tensor | float) -> GrowthEvent | None:
         """Take note of one training step, after ``optimizer.step()``; measure and grow where it is time to.
@@ -104,7 +104,10 @@ class Grower:
         Returns:
             What happened, or None where nothing was measured.
         """
-        return self.act() if self.observe(batch, loss) else None
+        before = len(self.events)
+        if self.observe(batch, loss):
+            self.act()
+        return self.events[-1] if len(self.events) > before else None
 
     def observe(self, batch: Batch, loss: Tensor | float) -> bool:
         """Take note of one training step; returns whether a measurement is due."""
@@ -112,6 +115,8 @@ class Grower:
         complete = self.detector.note(loss)
         if complete or self.steps == 1 or (self.fixed_probe is None and not self.collector.ready):
             self._look(batch, complete)
+        if self.control is not None:
+            self._follow(self.control, batch, loss)
         return self.pending  # on most steps that is all: between two looks one clock runs, that of training
 
     def _look(self, batch: Batch, complete: bool) -> None:
@@ -128,6 +133,33 @@ class Grower:
             if suspected and self.budget.share is not None:  # while it has to wait anyway, it looks once a window
                 self.detector.patience = 1 if self.pending else BLOCKS
         self.budget.leave()
+
+    def _follow(self, control: Control, batch: Batch, loss: Tensor | float) -> None:
+        """Let the copy that did not grow make its step too, which counts neither as training nor as monitoring."""
+        self.budget.enter()
+        try:
+            control.step(batch, loss)
+            if control.done:
+                self._compare()
+        except RuntimeError as error:
+            self._drop_control()
+            _logger.warning("the control is dropped: it could not be trained: %s", error)
+        finally:
+            self.budget.leave(charged=False)
+
+    def _compare(self) -> None:
+        """End the control with an event that tells whether growth paid."""
+        control, parameters = self.control, count_parameters(self.model)
+        if control is not None and control.losses:
+            comparison = control.compare(self.model)
+            plan = GrowthPlan((), (), str(comparison))
+            self._tell(GrowthEvent(plan, {}, (parameters, parameters), comparison=comparison, step=self.steps))
+        self._drop_control()
+
+    def _drop_control(self) -> None:
+        if self.control is not None:
+            self.control.close()
+        self.control = None
 
     def act(self) -> GrowthEvent | None:
         """Do the measurement that is due, if any, and grow where it says so."""
@@ -148,9 +180,12 @@ class Grower:
         """Remember an event, begin to watch afresh, tell the sinks."""
         self.verdict = event.verdict or self.verdict
         self.growths += event.grown
-        self.events[:] = [_light(old) if event.geometry else old for old in self.events] + [event]
         self.detector.reset()
         self.collector.clear()
+        self._tell(event)
+
+    def _tell(self, event: GrowthEvent) -> None:
+        self.events[:] = [light(old) if event.geometry else old for old in self.events] + [event]
         for sink in self.sinks:
             sink(event)
 
@@ -166,8 +201,10 @@ class Grower:
         return plan_growth(self.model, geometry, probe, self.policy, layers=layers)
 
     def state_dict(self) -> dict[str, Any]:
-        """What has to survive a restart, in builtins. The probe is collected afresh."""
+        """What has to survive a restart, in builtins. The probe is collected afresh, a control is not continued."""
         counts = {key: getattr(self, key) for key in ("steps", "growths", "batch_size", "pending")}
+        counts["control"] = 0 if self.control is None else len(self.control.losses)
+        counts["rewarm"] = [item.done for item in self.rewarm]
         return {**counts, "detector": self.detector.state_dict(), "budget": self.budget.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -175,6 +212,10 @@ class Grower:
         for key in ("steps", "growths", "batch_size"):
             setattr(self, key, state[key])
         self.pending = bool(state["pending"]) and self.fixed_probe is not None
+        for item, done in zip(self.rewarm, state.get("rewarm", ()), strict=False):
+            item.begin(done)
+        if done := state.get("control"):
+            _logger.warning("a control is dropped: its copy, %d steps after growth, was not saved", done)
         self.detector.load_state_dict(state["detector"])
         self.budget.load_state_dict(state["budget"])
 
@@ -208,7 +249,7 @@ class Grower:
 
     def _measure(self) -> GrowthEvent:
         probe, parameters = self._probe(), count_parameters(self.model)
-        stages = _Stages(self.progress and is_first())
+        stages = Stages(self.progress and is_first())
         try:
             with stages(TEST):
                 verdict = self.detector.test(self.model, probe, int(summed_number(self.batch_size)))
@@ -221,16 +262,17 @@ class Grower:
             with stages("plan"):
                 plan = plan_growth(self.model, geometry, probe, self.policy, layers=layers)
             with stages("diagnosis"):
-                narrow = self._narrow(probe)
-                plateaus = self._plateaus(probe, layers, geometry, plan, narrow.kind if narrow else "undecided")
+                narrow = narrow_point(self.model, probe)
+                kind = narrow.kind if narrow else "undecided"
+                splits = plateaus(self.model, probe, layers, geometry, plan, kind)
                 move = next((move for move in plan.moves if isinstance(move, Split)), None)
                 decay = coupled_weight_decay(self.optimizers)
                 warnings = caveats(self.model, probe, layers, geometry, move, decay)
-            event = self._grown(plan, probe, stages)
+            event = self._grown(plan, probe, stages, geometry)
         finally:
             stages.close()
         point = f"{narrow.kind.replace('_', ' ')}: {narrow.reason}" if narrow else ""
-        found = {"verdict": verdict, "geometry": geometry, "point": point, "plateaus": plateaus, "caveats": warnings}
+        found = {"verdict": verdict, "geometry": geometry, "point": point, "plateaus": splits, "caveats": warnings}
         return replace(event, **found, seconds=stages.seconds)
 
     def _stopped(self, verdict: StationarityVerdict) -> str:
@@ -241,59 +283,18 @@ class Grower:
             return "at a stationary point, but max_overhead does not allow to measure its geometry yet"
         return "" if stationary else f"not at a stationary point ({verdict.kind})"
 
-    def _grown(self, plan: GrowthPlan, probe: Probe, stages: _Stages) -> GrowthEvent:
+    def _grown(self, plan: GrowthPlan, probe: Probe, stages: Stages, geometry: dict[str, LayerGeometry]) -> GrowthEvent:
         if plan and not self.monitor_only:
+            self._compare()  # with what was not grown the last time
+            steps = self.policy.control
+            control = steps and control_for(self.model, self.optimizers, self.training_loss, probe, steps)
             with stages("growth"):
-                return grow(self.model, plan, self.optimizers, probe=probe)
+                parts = outcomes(self.model, plan, probe, geometry)
+                event = replace(grow(self.model, plan, self.optimizers, probe=probe), outcomes=parts)
+            for item in self.rewarm:
+                item.begin()
+            self.control = control or None
+            return event
         widths = {layer.name: (layer.width, layer.width) for layer in plan.layers}
         parameters = count_parameters(self.model)
         return GrowthEvent(plan, widths, (parameters, parameters))
-
-    def _narrow(self, probe: Probe) -> NarrowVerdict | None:
-        """What the network's own point is, where that is cheap to find out."""
-        cheap = sum(p.numel() for p in self.model.parameters() if p.requires_grad) <= NARROW_LIMIT
-        return narrow_verdict(self.model, probe, tested=True) if cheap else None
-
-    def _plateaus(
-        self,
-        probe: Probe,
-        layers: Iterable[HiddenLayer],
-        geometry: dict[str, LayerGeometry],
-        plan: GrowthPlan,
-        narrow: Narrow,
-    ) -> dict[str, PlateauVerdict]:
-        """Verdicts on the neuron of each layer that moves first: duplicated, and split as planned."""
-        first = {move.layer: move for move in reversed(plan.moves) if isinstance(move, Split)}
-        verdicts: dict[str, PlateauVerdict] = {}
-        for layer in layers:
-            move = first.get(layer.name)
-            neuron = int(geometry[layer.name].escape_eigenvalue.argmin()) if move is None else move.neuron
-            wanted = {"duplicated": EQUAL} | ({} if move is None else {"as planned": move.coefficients})
-            found = diagnose_splits(self.model, probe, layer, neuron, wanted.values(), narrow)
-            verdicts |= {f"{layer.name}[{neuron}] {how}": v for how, v in zip(wanted, found, strict=True)}
-        return verdicts
-
-
-def _light(event: GrowthEvent) -> GrowthEvent:
-    """An event without its tensors, but for a plan that was carried out."""
-    plan = event.plan if event.grown else replace(event.plan, moves=())
-    return replace(event, geometry={}, plan=plan)
-
-
-class _Stages:
-    """Times named stages and shows them on a progress bar."""
-
-    def __init__(self, progress: bool) -> None:
-        self.seconds: dict[str, float] = {}
-        self.bar = tqdm(total=5, desc="splitwatch", leave=False, disable=None if progress else True)
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        self.bar.set_postfix_str(name)
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - start
-        self.bar.update()
-
-    def close(self) -> None:
-        self.bar.close()

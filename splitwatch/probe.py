@@ -138,8 +138,9 @@ class Probe:
         def keep(name: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
             found[name] = output.detach().clone()  # a copy: what follows may change it in place
 
-        hooks = [plain_module(model, name).register_forward_hook(partial(keep, name)) for name in modules]
+        hooks = []
         try:
+            hooks.extend(plain_module(model, name).register_forward_hook(partial(keep, name)) for name in modules)
             with undisturbed(model), torch.no_grad():
                 self._checked(self._run(model, self.fitted[0]))
         finally:

@@ -8,7 +8,7 @@ included), c the outgoing weights of one neuron, k the copies of one split.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
@@ -22,7 +22,8 @@ class UnsupportedLayerError(SplitWatchError):
     """A layer that cannot be widened, with the reason."""
 
 
-def _table(title: str, rows: Mapping[str, object]) -> str:
+def table(title: str, rows: Mapping[str, object]) -> str:
+    """A title and named values below it, for people."""
     width = max(map(len, rows), default=0)
     return "\n".join([title, *(f"  {key:<{width}}  {value}" for key, value in rows.items())])
 
@@ -155,7 +156,7 @@ class LayerGeometry:
                 rows[f"proven S {sign} 0"] = f"{int(self.proven[:, column].sum())} neurons"
         if bool(self.screened.any()):
             rows["escape known to 10 % only"] = f"{int(self.screened.sum())} neurons, none of them among the lowest"
-        return _table(f"{self.layer}: {len(self.min_eigenvalue)} neurons", rows)
+        return table(f"{self.layer}: {len(self.min_eigenvalue)} neurons", rows)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -250,51 +251,5 @@ class GrowthPlan:
         names = "predicted decrease (second order)", "decrease on the fitted half", "decrease on the held-out half"
         rows |= {name: f"{value:.4e}" for name, value in zip(names, decreases, strict=True)}
         added = sum(move.added for move in self.moves)
-        head = _table(f"{added} new neurons: {self.reason}", rows if self.moves else {})
+        head = table(f"{added} new neurons: {self.reason}", rows if self.moves else {})
         return "\n".join([head, *(f"  · {move.predicted_decrease:9.2e}  {move}" for move in self.moves)])
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class GrowthEvent:
-    """What happened at one measurement: verdict, geometry, plan, and, where the network grew, what came of it.
-
-    ``drift`` is the relative change of what the widened layers' consumers put out, at zero offset; it and the
-    ``realised_*`` decreases are nan where no probe was given. ``point`` says in words what the narrow point itself is,
-    as far as that was looked at; ``plateaus`` what splits of it are; ``caveats`` what keeps the theory from applying.
-    ``widths`` maps layer to (before, after), ``seconds`` stage to time spent. ``overhead`` is all monitoring so far in
-    relation to training time, without measurements that led to growth. ``step`` is the user's step count.
-    """
-
-    plan: GrowthPlan
-    widths: Mapping[str, tuple[int, int]]
-    parameters: tuple[int, int]
-    drift: float = float("nan")
-    realised_fitted: float = float("nan")
-    realised_held_out: float = float("nan")
-    restarted: tuple[str, ...] = ()
-    verdict: StationarityVerdict | None = None
-    geometry: Mapping[str, LayerGeometry] = field(default_factory=dict)
-    point: str = ""
-    plateaus: Mapping[str, PlateauVerdict] = field(default_factory=dict)
-    caveats: tuple[str, ...] = ()
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    overhead: float = float("nan")
-    step: int = 0
-    grown: bool = False
-
-    def __str__(self) -> str:
-        rows: dict[str, object] = {"verdict": self.verdict} if self.verdict else {}
-        rows |= {"the point itself": self.point} if self.point else {}
-        rows |= {f"width of {name}": f"{a} → {b}" for name, (a, b) in self.widths.items() if a != b}
-        rows["parameters"] = f"{self.parameters[0]} → {self.parameters[1]}"
-        if self.grown:
-            rows["output drift at zero offset"] = f"{self.drift:.1e}"
-            rows["decrease predicted"] = f"{self.plan.predicted_decrease:.4e}"
-            rows["decrease realised (fitted half)"] = f"{self.realised_fitted:.4e}"
-            rows["decrease realised (held-out half)"] = f"{self.realised_held_out:.4e}"
-        if self.restarted:
-            rows["optimizer state restarted"] = ", ".join(self.restarted)
-        rows |= {f"caveat {i}": words for i, words in enumerate(self.caveats, 1)}
-        rows["seconds"] = ", ".join(f"{stage} {value:.2f}" for stage, value in self.seconds.items())
-        rows |= {"monitoring so far": f"{self.overhead:.2%} of training time"} if self.overhead >= 0 else {}
-        return _table(f"step {self.step}: {'grew' if self.grown else 'measured'}: {self.plan.reason}", rows)

@@ -1,6 +1,7 @@
 """The Lightning front door: same numbers as the plain loop, nothing else changed, everything logged."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import pytorch_lightning as pl
@@ -138,6 +139,25 @@ def test_monitor_only_never_grows_and_leaves_the_run_and_its_logs_bit_equal():
     assert all(torch.equal(a, b) for a, b in zip(watched.parameters(), alone.parameters(), strict=True))
     assert {k: v for k, v in trainer.callback_metrics.items() if "splitwatch" not in k} == control.callback_metrics
     assert watched.training == alone.training
+
+
+def test_a_control_trains_beside_the_run_which_does_not_notice(grown):
+    module, _, watch, _ = grown
+    policy = replace(POLICY, control=30)
+    other = SplitWatch(policy)
+    beside, _ = fit([other])
+    assert all(torch.equal(a, b) for a, b in zip(beside.parameters(), module.parameters(), strict=True))
+    (event,) = [event for event in other.events if event.comparison is not None]
+    (growth,) = [event for event in watch.events if event.grown]
+    assert event.comparison.steps == 30
+    assert event.step == growth.step + 30
+    assert event.comparison.paid
+
+
+@pytest.mark.parametrize("setting", [{"accumulate_grad_batches": 3}, {"gradient_clip_val": 1.0}])
+def test_a_control_that_could_not_follow_is_refused_by_name(setting):
+    with pytest.raises(SplitWatchError, match=f"control: required {next(iter(setting))}"):
+        fit([SplitWatch(replace(POLICY, control=30))], steps=1, **setting)
 
 
 def test_growth_waits_for_accumulated_gradients():

@@ -1,3 +1,4 @@
+import io
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,9 +9,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from torch.utils.tensorboard import SummaryWriter
 
+from splitwatch.events import GrowthEvent, Outcome
 from splitwatch.geometry.plateau import classify_split, plateau_regions
 from splitwatch.records import (
-    GrowthEvent,
     GrowthPlan,
     LayerGeometry,
     PlateauVerdict,
@@ -28,7 +29,8 @@ from splitwatch.report.board import (
     log_geometry,
     read_events,
 )
-from splitwatch.report.figures import line_search_figure, plateau_figure, spectrum_figure
+from splitwatch.report.figures import plateau_figure, spectrum_figure
+from splitwatch.report.figures_growth import calibration_figure, line_search_figure, step_search_figure
 from splitwatch.report.scalars import size_scalars
 
 NEURONS = 12
@@ -81,6 +83,7 @@ def grown_event() -> GrowthEvent:
         seconds={"geometry": 1.5, "growth": 0.5},
         step=120,
         grown=True,
+        outcomes=(Outcome("net.0", "split", 0.01, 0.008, certified=True), Outcome("net.2", "sprout", 0.002, 0.0005)),
     )
 
 
@@ -148,7 +151,7 @@ def test_tensorboard_reads_back_what_was_logged(logged):
         (200, NEURONS),
     ]
     drawn = {f"splitwatch/{kind}/{name}" for kind in ("spectrum", "plateau") for name in ("net.0", "net.2")}
-    assert set(tags["images"]) == drawn | {"splitwatch/line_search"}
+    assert set(tags["images"]) == drawn | {"splitwatch/line_search", "splitwatch/calibration"}
     image = logged.Images("splitwatch/plateau/net.0")[0]
     assert (image.width, image.height) == (900, 400)
 
@@ -327,6 +330,53 @@ def test_second_order_passes_through_the_prediction_of_the_splits():
     curve = next(line for line in line_search_figure(plan).axes[0].lines if line.get_label() == "second order")
     x, y = torch.tensor(curve.get_xdata()), torch.tensor(curve.get_ydata())
     torch.testing.assert_close(y, split.predicted_decrease * (x / plan.offset) ** 2)
+
+
+def test_the_steps_of_sprouts_are_drawn_on_top_of_the_splits():
+    tried = tuple((2.0**p, 0.004 + 0.002 * 2.0**p * (2 - 2.0**p)) for p in range(-4, 2))
+    event = grown_event()
+    plan = replace(event.plan, step=0.5, step_search=tried, line_search=((0.5, 0.004),), fitted_decrease=0.0055)
+    axes = step_search_figure(plan).axes[0]
+    curve = next(line for line in axes.lines if line.get_label() == "quadratic model")
+    x, y = torch.tensor(curve.get_xdata()), torch.tensor(curve.get_ydata())
+    top = 0.002 / (0.5 * 1.5)  # the sprout predicts 0.002 at half of the step
+    torch.testing.assert_close(y, 0.004 + top * x * (2 - x))
+    marks = {str(line.get_label()): float(line.get_ydata()[0]) for line in line_search_figure(plan).axes[0].lines}
+    assert marks["chosen, fitted half"] == 0.004  # of the splits alone
+    assert "chosen, held-out half" not in marks
+    step_search_figure(GrowthPlan((), (), "none", step_search=((1.0, -1.0), (2.0, float("nan"))))).savefig(io.BytesIO())
+
+
+def test_predicted_and_realised_are_drawn_and_counted():
+    outcomes = [
+        Outcome("a", "split", 0.01, 0.009, certified=True),
+        Outcome("a", "split", 0.02, 0.005),
+        Outcome("b", "sprout", 0.03, 0.04),
+        Outcome("b", "sprout", 0.03, -0.001),
+        Outcome("b", "sprout", 0.0, 0.1),
+    ]
+    axes = calibration_figure(outcomes).axes[0]
+    assert axes.get_title() == "4 moves: 75% decrease the loss, 50% within a factor of two"
+    found = {str(line.get_label()): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
+    assert found["split, certified"] == ([0.01], [0.009])
+    assert found["sprout"] == ([0.03], [0.04])
+    assert "sprout: no decrease" in found
+    calibration_figure([]).savefig(io.BytesIO())
+
+
+def test_outcomes_are_logged_and_gathered_over_the_run():
+    drawn = []
+    writer = type("Writer", (), {"add_figure": lambda self, tag, figure, step: drawn.append((tag, figure))})()
+    sink = TensorBoardSink(writer)
+    for _ in range(3):
+        sink(grown_event())
+    titles = [figure.axes[0].get_title() for tag, figure in drawn if tag.endswith("calibration")]
+    assert [title.split(":")[0] for title in titles] == ["2 moves", "4 moves", "6 moves"]
+    scalars = event_scalars(grown_event())
+    assert scalars["splitwatch/calibration/realised_over_predicted"] == pytest.approx((0.8 + 0.25) / 2)
+    assert scalars["splitwatch/calibration/within_factor_two"] == 0.5
+    assert scalars["splitwatch/calibration/decreasing"] == 1.0
+    assert "| split in net.0 | 0.01 | 0.008 | yes |" in event_markdown(grown_event())
 
 
 def test_infinite_intervals_are_drawn_without_a_band(tmp_path):

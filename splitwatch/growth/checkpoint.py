@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -31,19 +32,20 @@ class GrowthHistory:
         self.layers: dict[str, dict[str, Any]] = {}
 
     def add(self, plan: GrowthPlan) -> None:
-        """Note what a plan widened."""
-        inserted: list[tuple[str, int, int]] = []
+        """Note what a plan widened; what was noted before is replaced, not changed."""
+        layers, inserted = deepcopy(self.layers), list[tuple[str, int, int]]()
         for layer in plan.layers:
             added = sum(move.added for move in plan.moves if move.layer == layer.name)
             if added:
-                entry = self.layers.setdefault(layer.name, {"widths": [layer.width]})
+                entry = layers.setdefault(layer.name, {"widths": [layer.width]})
                 entry["producers"], entry["riders"] = list(layer.producers), list(layer.riders)
                 entry["consumers"] = [[c.name, c.start, c.stride] for c in layer.consumers]
                 entry["widths"] = [*entry["widths"], layer.width + added]
                 inserted += [(c.name, c.start, added * c.stride) for c in layer.consumers]
-        for consumer in (c for entry in self.layers.values() for c in entry["consumers"]):
+        for consumer in (c for entry in layers.values() for c in entry["consumers"]):
             name, start, _ = consumer
             consumer[1] += sum(count for other, place, count in inserted if other == name and place < start)
+        self.layers = layers
 
     def __call__(self, module: nn.Module, state: Any, prefix: str, _local: Any) -> None:
         """State-dict post-hook: put the history into the metadata."""
@@ -63,13 +65,40 @@ class GrowthHistory:
 def make_growable(model: nn.Module) -> GrowthHistory:
     """Let a model's state dicts cross widths; calling it again changes nothing. Returns the model's history."""
     model = plain_module(model)
-    for hook in model._state_dict_hooks.values():
-        if isinstance(hook, GrowthHistory):
-            return hook
-    history = GrowthHistory()
-    model.register_load_state_dict_pre_hook(history.on_load)
-    model.register_state_dict_post_hook(history)
+    history = _history(model)
+    if history is None:
+        history = GrowthHistory()
+        model.register_load_state_dict_pre_hook(history.on_load)
+        model.register_state_dict_post_hook(history)
     return history
+
+
+def recall(model: nn.Module) -> dict[str, dict[str, Any]] | None:
+    """What a model's history tells so far; None for one that was not made growable."""
+    history = _history(plain_module(model))
+    return None if history is None else history.layers
+
+
+def forget(model: nn.Module, layers: dict[str, dict[str, Any]] | None) -> None:
+    """Put a model's history back to what ``recall`` gave."""
+    model = plain_module(model)
+    history = _history(model)
+    if history is not None and layers is not None:
+        history.layers = layers
+    elif layers is None:
+        for hooks in (model._state_dict_hooks, model._load_state_dict_pre_hooks):
+            for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
+                del hooks[key]
+
+
+def _history(model: nn.Module) -> GrowthHistory | None:
+    return next((hook for hook in model._state_dict_hooks.values() if isinstance(hook, GrowthHistory)), None)
+
+
+def _is_ours(hook: Any) -> bool:
+    """Whether a hook is a history, or a bound method of one, as torch wraps it."""
+    hook = getattr(hook, "hook", hook)
+    return isinstance(getattr(hook, "__self__", hook), GrowthHistory)
 
 
 def remember(model: nn.Module, plan: GrowthPlan) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from math import inf, isfinite
 
@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from splitwatch.anatomy import plain_name
+from splitwatch.events import GrowthEvent
+from splitwatch.growth.atomic import all_or_nothing, held_back
 from splitwatch.growth.checkpoint import remember
 from splitwatch.growth.optimizer import exchange
+from splitwatch.growth.statistics import moved_channels, renew_statistics
 from splitwatch.growth.surgery import Surgery, prepare
 from splitwatch.probe import Probe
 from splitwatch.ranks import largest_over_ranks
-from splitwatch.records import GrowthEvent, GrowthPlan, SplitWatchError
+from splitwatch.records import GrowthPlan, Split, SplitWatchError
 
 _DRIFT_BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 """By the precision in which the copies' weights are rounded; those of equal copies are halves, exact in any."""
@@ -32,7 +35,8 @@ def grow(
         model: the network; its parameters are replaced in place, its modules stay.
         plan: what ``plan_growth`` returned, or moves of your own.
         optimizers: every optimizer that owns parameters of the model; schedulers need not be told.
-        probe: where output drift at zero offset and the realised decrease are measured; neither is known without it.
+        probe: where output drift at zero offset and the realised decrease are measured, and BatchNorm statistics of
+            neurons whose incoming weights move; none of these is known without it.
 
     Returns:
         What happened; ``drift`` is at most 1e-6 in float32, 1e-12 in float64 (2e-3 and 2e-2 where the
@@ -40,29 +44,41 @@ def grow(
 
     Raises:
         SplitWatchError: the plan does not fit the model, the function changes at zero offset, or the widened network
-            cannot be run. Model and optimizers are then as before.
+            cannot be run. Model and optimizers are then as before, as they are after any other failure: tensors,
+            optimizer states and sizes are the very objects they were. Ctrl-C waits until a loss is computed.
     """
     optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+    _check_finite(plan)
+    with held_back() as interruptible:
+        surgery = prepare(model, plan)
+        with all_or_nothing(model, surgery, optimizers):
+            return _grown(model, plan, surgery, optimizers, probe, interruptible)
+
+
+def _grown(
+    model: nn.Module,
+    plan: GrowthPlan,
+    surgery: Surgery,
+    optimizers: Sequence[Optimizer],
+    probe: Probe | None,
+    interruptible: Callable[[], None],
+) -> GrowthEvent:
     start, before = time.perf_counter(), count_parameters(model)
-    surgery = prepare(model, plan)
     drift = _drift(model, plan, probe, surgery.precision) if probe is not None and plan else float("nan")
+    interruptible()
     losses = _losses(model, probe)
     names = {id(parameter): plain_name(name) for name, parameter in model.named_parameters()}
     exchanges = [exchange(optimizer, surgery.replacements) for optimizer in optimizers]
-    states = [dict(optimizer.state) for optimizer in optimizers]
-    undo = surgery.commit()
-    try:
-        for item in exchanges:
-            item.commit()
-        realised = [old - new for old, new in zip(losses, _losses(model, probe), strict=True)]
-        remember(model, plan)
-    except BaseException:
-        for item, state in zip(exchanges, states, strict=True):
-            item.rollback(state)
-        undo.commit()
-        raise
+    moved = moved_channels(model, plan)
+    surgery.commit()
+    for item in exchanges:
+        item.commit()
+    if probe is not None:
+        renew_statistics(model, moved, probe)
+    realised = [old - new for old, new in zip(losses, _losses(model, probe), strict=True)]
     fitted, held_out = realised or (float("nan"), float("nan"))
-    return GrowthEvent(
+    remember(model, plan)
+    event = GrowthEvent(
         plan=plan,
         widths={layer.name: (layer.width, layer.width + added) for layer, added in _added(plan).items()},
         parameters=(before, count_parameters(model)),
@@ -73,6 +89,20 @@ def grow(
         seconds={"growth": time.perf_counter() - start},
         grown=bool(plan),
     )
+    interruptible()
+    return event
+
+
+def _check_finite(plan: GrowthPlan) -> None:
+    """Refuse moves with weights that are not numbers; without a probe nothing else would see them."""
+    for move in plan.moves:
+        names = ("in_offset", "out_offset") if isinstance(move, Split) else ("incoming", "outgoing", "others", "biases")
+        for name in names:
+            tensor = getattr(move, name)
+            if tensor is not None and not bool(tensor.isfinite().all()):
+                raise SplitWatchError(
+                    f"plan: required finite numbers in every move, found nan or inf in {name} of {move}; plan again"
+                )
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -82,12 +112,18 @@ def count_parameters(model: nn.Module) -> int:
 
 @contextmanager
 def widened(model: nn.Module, plan: GrowthPlan, *, offsets: bool = True) -> Iterator[None]:
-    """The model widened by a plan for the duration of a block; afterwards it holds its own tensors again."""
-    undo: Surgery = prepare(model, plan, offsets=offsets).commit()
-    try:
-        yield
-    finally:
-        undo.commit()
+    """The model widened by a plan for the duration of a block; afterwards it holds its own tensors again.
+
+    Ctrl-C takes effect at the end of the block.
+    """
+    with held_back():
+        surgery = prepare(model, plan, offsets=offsets)
+        undo = surgery.undo
+        try:
+            surgery.commit()
+            yield
+        finally:
+            undo.commit()
 
 
 def _added(plan: GrowthPlan) -> dict:
@@ -106,6 +142,8 @@ def _drift(model: nn.Module, plan: GrowthPlan, probe: Probe, precision: torch.dt
     try:
         with widened(model, plan, offsets=False):
             after = probe.outputs(model, consumers)
+    except torch.OutOfMemoryError:  # says nothing about widths
+        raise
     except (RuntimeError, ValueError, IndexError) as error:
         raise SplitWatchError(
             f"model: required a forward pass that follows the modules' widths, found a failure after widening "

@@ -81,13 +81,6 @@ class Exchange:
         if hasattr(self.optimizer, "_numel_cache"):  # L-BFGS flattens its parameters and remembers their number
             self.optimizer._numel_cache = None  # pyright: ignore[reportAttributeAccessIssue]
 
-    def rollback(self, states: dict[Tensor, Any]) -> None:
-        """Put back the old parameters, and the states as they were before the commit."""
-        for group, position, old, _ in self.parameters:
-            group["params"][position] = old
-        self.optimizer.state.clear()
-        self.optimizer.state.update(states)
-
 
 def exchange(optimizer: Optimizer, replacements: Iterable[Replacement]) -> Exchange:
     """Prepare the exchange of parameters in an optimizer; nothing is changed yet.

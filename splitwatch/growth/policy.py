@@ -57,6 +57,11 @@ class GrowthPolicy:
             and a run that may grow is held back only after a minute of measurements that came to nothing.
         max_bytes: memory that a measurement may keep beside the model's own forward and backward pass on one batch, and
             half of it again for the solver's vectors; what does not fit is computed again instead.
+        control: training steps for which a copy that did not grow is trained beside the network after each growth, on
+            the same batches; then both are compared. It takes as long again as these steps, and the memory of a second
+            network with its optimizer, and changes nothing else.
+        rewarm: training steps over which the learning rates of all optimizers grow back from a tenth of what schedulers
+            say after each growth, see ``Rewarm``.
     """
 
     layers: Sequence[str] | None = None
@@ -75,6 +80,8 @@ class GrowthPolicy:
     max_bytes: int = MAX_BYTES
     max_flops: float | None = None
     per: str = "parameter"
+    control: int | None = None
+    rewarm: int | None = None
 
     def __post_init__(self) -> None:
         limits = (
@@ -106,6 +113,9 @@ class GrowthPolicy:
             )
         if not self.cap > 1:
             raise SplitWatchError(f"cap: required Σ|λ| > 1 (1 leaves no negative coefficient), found {self.cap}")
+        for name in ("control", "rewarm"):
+            if (value := getattr(self, name)) is not None and not value >= 1:
+                raise SplitWatchError(f"{name}: required a number of steps ≥ 1 or None, found {value}")
         for name, least in (("window", 10), ("probe_samples", 2), ("max_bytes", 1)):
             if getattr(self, name) < least:
                 raise SplitWatchError(f"{name}: required at least {least}, found {getattr(self, name)}")

@@ -57,18 +57,22 @@ class Surgery:
         types = {item.old.dtype for item in self.replacements if item.old.is_floating_point()}
         return max(types, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)
 
-    def commit(self) -> Surgery:
-        """Put everything in place; returns the surgery that undoes it, and undoes itself on any failure."""
-        undo = Surgery(
+    @property
+    def undo(self) -> Surgery:
+        """The surgery that brings the model back to what it is now."""
+        return Surgery(
             tuple(replace(r, old=r.new, new=r.old) for r in self.replacements),
             tuple((module, name, getattr(module, name)) for module, name, _ in self.sizes),
         )
+
+    def commit(self) -> None:
+        """Put everything in place; undoes itself on any failure."""
+        undo = self.undo
         try:
             self._apply()
         except BaseException:
             undo._apply()
             raise
-        return undo
 
     def _apply(self) -> None:
         for item in self.replacements:

@@ -11,11 +11,12 @@ import pytorch_lightning as pl
 from torch import Tensor, nn
 
 from splitwatch.batches import Batch
+from splitwatch.events import GrowthEvent
 from splitwatch.grower import Grower, Sink
 from splitwatch.growth.checkpoint import make_growable
 from splitwatch.growth.policy import GrowthPolicy
 from splitwatch.probe import LossFunction, Probe
-from splitwatch.records import GrowthEvent, SplitWatchError
+from splitwatch.records import SplitWatchError
 from splitwatch.report.board import TensorBoardSink
 from splitwatch.report.scalars import event_scalars, size_scalars
 
@@ -65,6 +66,8 @@ class SplitWatch(pl.Callback):
             )
         if stage == "fit" and trainer.world_size > 1:
             raise SplitWatchError(f"devices: required one process, found {trainer.world_size}; train on one device")
+        if stage == "fit" and self.policy.control:
+            _check_control(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin to watch."""
@@ -77,6 +80,7 @@ class SplitWatch(pl.Callback):
             sinks=[lambda event: self._log(trainer, event), *self.sinks],
             probe=self.probe,
             progress=trainer.progress_bar_callback is not None,
+            training_loss=_training_loss(trainer),
         )
         if self._saved:
             self.grower.load_state_dict(self._saved)
@@ -138,6 +142,37 @@ def training_step_loss(module: nn.Module, batch: Batch) -> Tensor:
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if loss is None:
         raise SplitWatchError("training_step: required a loss for every probe batch, found None; pass loss_fn instead")
+    return loss
+
+
+def _check_control(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Refuse a control where its steps would not be those of the run."""
+    steps = "a step of the control is one gradient of one batch"
+    for name, good, found in (
+        ("automatic_optimization", True, module.automatic_optimization),
+        ("accumulate_grad_batches", 1, trainer.accumulate_grad_batches),
+        ("gradient_clip_val", "None or 0", trainer.gradient_clip_val or "None or 0"),
+        ("precision", "no gradient scaler", "one" if _scaler(trainer) else "no gradient scaler"),
+    ):
+        if found != good:
+            raise SplitWatchError(
+                f"control: required {name} {good}, found {found}; {steps}: leave control out of the policy"
+            )
+
+
+def _scaler(trainer: pl.Trainer) -> Any:
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def _training_loss(trainer: pl.Trainer) -> LossFunction:
+    """``training_step`` as the Trainer calls it, its logging muted."""
+
+    def loss(module: Any, batch: Batch) -> Tensor:
+        if module._trainer is None:  # a copy has none
+            module.trainer = trainer
+        with trainer.precision_plugin.train_step_context():
+            return training_step_loss(module, batch)
+
     return loss
 
 

@@ -23,11 +23,12 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from splitwatch.events import GrowthEvent
 from splitwatch.geometry.weights import neuron_weights
 from splitwatch.growth.grow import grow
 from splitwatch.growth.policy import GrowthPolicy
 from splitwatch.lightning.callback import SplitWatch
-from splitwatch.records import GrowthEvent, GrowthPlan, Split, SplitWatchError
+from splitwatch.records import GrowthPlan, Split, SplitWatchError
 
 BATCH = 128
 NOISE = 1e-2

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
-from splitwatch.records import GrowthEvent, LayerGeometry, Split
+from splitwatch.events import GrowthEvent, Outcome
+from splitwatch.records import LayerGeometry, Split
 from splitwatch.report.page import event_markdown
 from splitwatch.report.scalars import ROOT, event_scalars, size_scalars
 
@@ -48,7 +49,13 @@ def log_geometry(
 
 
 def log_event(
-    writer: Any, event: GrowthEvent, *, scalars: bool = True, step: int | None = None, figures: int = FIGURES
+    writer: Any,
+    event: GrowthEvent,
+    *,
+    scalars: bool = True,
+    step: int | None = None,
+    figures: int = FIGURES,
+    outcomes: Sequence[Outcome] | None = None,
 ) -> None:
     """Everything there is to see of an event: scalars, histograms, figures, and a page of text.
 
@@ -58,6 +65,7 @@ def log_event(
         scalars: whether to log ``event_scalars``.
         step: place on the x-axis; by default the event's own step.
         figures: number of layers drawn.
+        outcomes: of all moves of the run so far; by default those of the event alone.
     """
     step = event.step if step is None else step
     if scalars and hasattr(writer, "add_scalar"):
@@ -68,12 +76,23 @@ def log_event(
     if hasattr(writer, "add_text"):
         writer.add_text(EVENT_TAG, event_markdown(event), step)
     log_geometry(writer, event.geometry, step, figures=figures)
-    from splitwatch.report.figures import line_search_figure
+    from splitwatch.report.figures_growth import line_search_figure, step_search_figure
 
     for name in _lowest(event.geometry, figures):
         _figure(writer, f"{ROOT}/plateau/{name}", step, lambda name=name: best_plateau(event, name))
     if event.plan.line_search:
         _figure(writer, f"{ROOT}/line_search", step, lambda: line_search_figure(event.plan))
+    if event.plan.step_search:
+        _figure(writer, f"{ROOT}/step_search", step, lambda: step_search_figure(event.plan))
+    log_calibration(writer, event.outcomes if outcomes is None else outcomes, step)
+
+
+def log_calibration(writer: Any, outcomes: Sequence[Outcome], step: int) -> None:
+    """A figure of what was predicted of moves against what came of them; nothing where there are none."""
+    if outcomes:
+        from splitwatch.report.figures_growth import calibration_figure
+
+        _figure(writer, f"{ROOT}/calibration", step, lambda: calibration_figure(outcomes))
 
 
 def best_plateau(event: GrowthEvent, layer: str) -> Figure:
@@ -144,14 +163,15 @@ class TensorBoardSink:
 
     def __init__(self, writer: Any, *, scalars: bool = True) -> None:
         self.writer, self.scalars = writer, scalars
-        self._arranged = False
+        self._arranged, self.outcomes = False, list[Outcome]()
 
     def __call__(self, event: GrowthEvent, step: int | None = None) -> None:
         """Log an event, at its own step by default."""
         if event.geometry and not self._arranged:
             add_layout(self.writer, list(event.geometry))
             self._arranged = True
-        log_event(self.writer, event, scalars=self.scalars, step=step)
+        self.outcomes += event.outcomes
+        log_event(self.writer, event, scalars=self.scalars, step=step, outcomes=self.outcomes if event.outcomes else ())
         if hasattr(self.writer, "flush"):
             self.writer.flush()
 

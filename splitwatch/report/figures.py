@@ -1,4 +1,4 @@
-"""Pictures of a plateau, of a layer's spectra and of a line search; each function returns a matplotlib ``Figure``.
+"""Pictures of a plateau and of a layer's spectra; each function returns a matplotlib ``Figure``.
 
 Figures are made without pyplot, so nothing is shown, kept or restyled behind the caller's back: save one with
 ``figure.savefig("plateau.png")``, or return it from a notebook cell.
@@ -18,7 +18,7 @@ from matplotlib.patches import Patch, Polygon
 from torch import Tensor
 
 from splitwatch.geometry.plateau import Narrow, classify_split
-from splitwatch.records import GrowthPlan, LayerGeometry, Sprout
+from splitwatch.records import LayerGeometry
 
 NO_COUPLING: Final = 1e-6  # a coupling this much smaller than the inner Hessian is rounding error
 INK, LOW, HIGH, ESCAPE = "#222222", "#0072B2", "#D55E00", "#6A3D9A"
@@ -85,7 +85,7 @@ def plateau_figure(
     coupled = coupling_norm > NO_COUPLING * max(map(abs, ends))
     theory = _Theory((_sure(ends[0], bars[0]), _sure(ends[1], bars[1])), coupled, narrow, outputs)
     reach = max([2.0, *(abs(value) + 0.25 for value in coefficients or ())])
-    figure = _figure(title)
+    figure = blank(title)
     left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
     seen = _shade_two(left, theory, reach) | _shade_three(right, theory, reach)
     _curves(left, reach, ends, bars, coupling_norm if coupled else 0.0)
@@ -108,7 +108,7 @@ def spectrum_figure(geometry: LayerGeometry) -> Figure:
     logarithmic beyond the median size.
     """
     order = _numbers(geometry.min_eigenvalue).argsort()
-    figure = _figure(f"layer {geometry.layer}: inner Hessians of its {len(order)} neurons")
+    figure = blank(f"layer {geometry.layer}: inner Hessians of its {len(order)} neurons")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
     place, size = range(len(order)), max(2.5, min(5.0, 300 / (1 + len(order))))
     ends = [_numbers(end)[order] for end in (geometry.min_eigenvalue, geometry.max_eigenvalue)]
@@ -133,54 +133,10 @@ def spectrum_figure(geometry: LayerGeometry) -> Figure:
     bottom.margins(x=0.01)
     if len(order) <= NAMED:
         bottom.set_xticks(place, order.tolist())
-    _dress(top, "", "curvature")
-    _dress(bottom, f"{'neuron' if len(order) <= NAMED else 'rank'}, by lowest eigenvalue", "coupling")
+    dress(top, "", "curvature")
+    dress(bottom, f"{'neuron' if len(order) <= NAMED else 'rank'}, by lowest eigenvalue", "coupling")
     figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return figure
-
-
-def line_search_figure(plan: GrowthPlan) -> Figure:
-    """Decrease of the probe loss against the size of the offset, beside what the second order predicts."""
-    figure = _figure("", (7, 3.6))
-    axes = figure.subplots()
-    tried = sorted((abs(x), y if math.isfinite(y) else -math.inf, x < 0) for x, y in plan.line_search if x)
-    if not tried:
-        axes.text(
-            0.5, 0.5, f"no line search: {plan.reason}", ha="center", fontsize=9, wrap=True, transform=axes.transAxes
-        )
-        axes.set_axis_off()
-        return figure
-    best = max(plan.held_out_decrease, *(y for _, y, _ in tried))
-    losses = sorted(-y for _, y, _ in tried if math.isfinite(y)) or [1.0]
-    size = best if best > 0 else losses[len(losses) // 2] or 1.0
-    floor, roof = (-0.6 * best, 1.5 * best) if best > 0 else (-2 * size, 0.5 * size)
-    for reverse, style in ((False, "o-"), (True, "s--")):
-        x, y = _columns([(x, max(y, 2 * floor)) for x, y, sign in tried if sign == reverse])
-        if x:
-            label = "fitted half" + (", offsets reversed" if reverse else "")
-            axes.plot(x, y, style, color=LOW, ms=4, lw=1.2, label=label)
-    below = [x for x, y, _ in tried if y < floor]
-    if below:
-        axes.plot(below, [floor * 0.93] * len(below), "v", color=LOW, mfc="white", ms=6, label="lower, off the picture")
-    axes.set_xscale("log", base=2)
-    if plan.offset:
-        _chosen_offset(axes, plan, tried[0][0], tried[-1][0])
-    axes.axhline(0, color=INK, lw=0.8)
-    axes.set_ylim(floor, roof)
-    _dress(axes, "size of the offset, relative to the neuron's weights", "decrease of the probe loss")
-    figure.legend(loc="outside right center", fontsize=8, frameon=False)
-    return figure
-
-
-def _chosen_offset(axes: Axes, plan: GrowthPlan, low: float, high: float) -> None:
-    grid = torch.logspace(math.log2(low), math.log2(high), 200, base=2.0, dtype=torch.float64)
-    sprouts = sum(move.predicted_decrease for move in plan.moves if isinstance(move, Sprout))
-    curve = (plan.predicted_decrease - sprouts) * (grid / plan.offset) ** 2
-    axes.plot(grid.tolist(), curve.tolist(), ":", color=INK, lw=1.4, label="second order")
-    chosen = [abs(plan.offset)]
-    axes.axvline(chosen[0], color="#999999", lw=0.8, zorder=0)
-    axes.plot(chosen, [plan.fitted_decrease], "o", color=LOW, ms=9, label="chosen, fitted half")
-    axes.plot(chosen, [plan.held_out_decrease], "D", color=HIGH, mec="white", ms=8, label="chosen, held-out half")
 
 
 def _shade_two(axes: Axes, theory: _Theory, reach: float) -> set[str]:
@@ -192,7 +148,7 @@ def _shade_two(axes: Axes, theory: _Theory, reach: float) -> set[str]:
         axes.axvline(t, color=INK, lw=3.4)
         axes.axvline(t, color=KINDS[kinds[t]][0], lw=2.2, gid=f"t={t:g} {kinds[t]}")
     axes.set_xlim(1 - reach, reach)
-    _dress(axes, r"two copies: coefficients $(t,\ 1-t)$", "curvature as the copies part")
+    dress(axes, r"two copies: coefficients $(t,\ 1-t)$", "curvature as the copies part")
     return set(kinds.values())
 
 
@@ -213,17 +169,17 @@ def _shade_three(axes: Axes, theory: _Theory, reach: float) -> set[str]:
         hatch = "////" if words.count("+") == 2 else None
         colour = KINDS[kind][0]
         axes.add_patch(Polygon(corners, fc=colour, alpha=0.6, ec="white", hatch=hatch, lw=0, gid=f"{words} {kind}"))
-        x, y = (sum(axis) / len(axis) for axis in _columns(corners))
+        x, y = (sum(axis) / len(axis) for axis in columns(corners))
         lift = 14 if len(corners) == 5 else 0  # (1, 1, −1) is often chosen, and marked
         box = {"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.75}
         look = {"ha": "center", "va": "center", "fontsize": 9, "color": INK, "bbox": box}
         axes.annotate(words, (x, y), (0, lift), textcoords="offset points", **look)
         seen.add(kind)
     for line in ([(0, near), (0, far)], [(near, 0), (far, 0)], [(near, far), (far, near)]):
-        axes.plot(*_columns(line), color="white", lw=1)
+        axes.plot(*columns(line), color="white", lw=1)
     axes.add_patch(Polygon([(0, 0), (1, 0), (0, 1)], fill=False, ec=INK, lw=1.8, joinstyle="round", zorder=3))
     axes.set(xlim=(near, far), ylim=(near, far), aspect="equal")
-    _dress(axes, r"three copies: $\lambda_1$,   $\lambda_3 = 1 - \lambda_1 - \lambda_2$", r"$\lambda_2$")
+    dress(axes, r"three copies: $\lambda_1$,   $\lambda_3 = 1 - \lambda_1 - \lambda_2$", r"$\lambda_2$")
     return seen
 
 
@@ -271,21 +227,24 @@ def _sure(value: float, interval: Sequence[float] | None) -> float:
     return value if confirmed else 0.0
 
 
-def _figure(title: str, size: tuple[float, float] = (9, 4)) -> Figure:
+def blank(title: str, size: tuple[float, float] = (9, 4)) -> Figure:
+    """A figure with nothing in it yet."""
     figure = Figure(figsize=size, dpi=100, layout="constrained")
     if title:
         figure.suptitle(title, fontsize=11, color=INK)
     return figure
 
 
-def _dress(axes: Axes, x: str, y: str) -> None:
+def dress(axes: Axes, x: str, y: str) -> None:
+    """Names and looks of axes."""
     axes.set_xlabel(x, fontsize=9)
     axes.set_ylabel(y, fontsize=9)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _columns(rows: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+def columns(rows: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """Pairs as two lists."""
     return [x for x, _ in rows], [y for _, y in rows]
 
 

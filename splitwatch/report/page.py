@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
-from splitwatch.records import GrowthEvent, LayerGeometry, Split, Sprout
+from splitwatch.events import GrowthEvent
+from splitwatch.records import LayerGeometry, Split, Sprout
 from splitwatch.report.scalars import summary
 
 LISTED: Final = 40  # moves listed one by one
@@ -16,8 +17,14 @@ LISTED: Final = 40  # moves listed one by one
 def event_markdown(event: GrowthEvent) -> str:
     """A page on an event: the decision and why, what came of it, what was measured, the moves, the plateaus."""
     moves = event.plan.moves
-    headline = f"grew by {sum(move.added for move in moves)} neurons" if event.grown else "measured, not grown"
-    parts = [f"## Step {event.step}: {headline}", f"**Decision:** {_words(event.plan.reason)}."]
+    word, headline = "Decision", "measured, not grown"
+    if event.comparison is not None:
+        word, headline = "Finding", "growth compared with none"
+    headline = f"grew by {sum(move.added for move in moves)} neurons" if event.grown else headline
+    parts = [
+        f"## Step {event.step}: {headline}",
+        f"**{word}:** {_words(event.plan.reason)}.",
+    ]
     if event.verdict is not None:
         parts.append(
             f"**Verdict:** {event.verdict.kind}: {_words(event.verdict.reason)}; loss {event.verdict.loss:.6g}."
@@ -34,6 +41,10 @@ def event_markdown(event: GrowthEvent) -> str:
         heads = ("layer", "neuron", "coefficients", "predicted decrease", "why")
         more = [f"… and {len(moves) - LISTED} more."] if len(moves) > LISTED else []
         parts += ["### Moves", _table(heads, map(_move, moves[:LISTED])), *more]
+    if event.outcomes:
+        rows = ((x.name, _number(x.predicted), _number(x.realised), _yes(x.certified)) for x in event.outcomes)
+        heads = ("moves", "decrease predicted", "realised, held-out half", "certified")
+        parts += ["### What came of the moves", _table(heads, rows)]
     if event.plateaus:
         rows = ((name, item.kind.replace("_", " "), _words(item.reason)) for name, item in event.plateaus.items())
         parts += ["### Plateaus", _table(("split", "kind", "why"), rows)]
@@ -82,6 +93,10 @@ def _move(move: Split | Sprout) -> tuple[str, ...]:
     if isinstance(move, Split):
         neuron, coefficients = str(move.neuron), ", ".join(map(_number, move.coefficients))
     return f"`{move.layer}`", neuron, coefficients, _number(move.predicted_decrease), _words(move.reason)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
 
 
 def _number(value: float) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from statistics import fmean, median
 from typing import Final
 
-from splitwatch.records import GrowthEvent, LayerGeometry
+from splitwatch.events import GrowthEvent
+from splitwatch.records import LayerGeometry
 
 ROOT: Final = "splitwatch"
 CERTAINTY: Final = {"moving": 0.0, "suspected": 0.5, "undecided": 0.5, "stationary": 1.0}
@@ -16,7 +18,10 @@ def event_scalars(event: GrowthEvent) -> dict[str, float]:
 
     Eigenvalues are the extremes over a layer's neurons, ``min_eigenvalue_low``, ``_median`` and ``_high`` the 5 %, 50 %
     and 95 % quantiles of the lower ends; ``growth/realised_decrease`` is held out, ``growth/realised_fitted`` is not;
-    ``overhead`` is the share of training time that monitoring took so far.
+    ``overhead`` is the share of training time that monitoring took so far; ``control/difference`` is by how much the
+    held-out loss is lower than that of a copy that did not grow; ``calibration/realised_over_predicted`` is the median
+    over the moves, beside the shares of moves within a factor of two of the prediction and of those that decrease the
+    loss at all.
     """
     plan, scalars = event.plan, dict[str, float]()
     if event.verdict is not None:
@@ -33,6 +38,17 @@ def event_scalars(event: GrowthEvent) -> dict[str, float]:
     if event.seconds:
         scalars["growth/seconds"] = sum(event.seconds.values())
     scalars["overhead"] = event.overhead
+    ratios = [item.realised / item.predicted for item in event.outcomes if item.predicted > 0]
+    if ratios:
+        scalars["calibration/realised_over_predicted"] = median(ratios)
+        scalars["calibration/within_factor_two"] = fmean(0.5 <= ratio <= 2 for ratio in ratios)
+        scalars["calibration/decreasing"] = fmean(item.realised > 0 for item in event.outcomes)
+    if event.comparison is not None:
+        found = event.comparison
+        scalars |= {"control/difference": found.difference, "control/error": found.error}
+        scalars |= {"control/loss_with_growth": found.grown, "control/loss_without": found.control}
+        scalars["control/training_with_growth"] = found.grown_training
+        scalars["control/training_without"] = found.control_training
     known = {f"{ROOT}/{tag}": value for tag, value in scalars.items() if not math.isnan(value)}
     return known | size_scalars(event)
 

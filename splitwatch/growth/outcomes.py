@@ -1,0 +1,84 @@
+"""What came of single moves: the realised decrease of a plan, shared out among its moves.
+
+Moves are applied one after the other, in the plan's order and in the opposite one, and each is given the mean of what
+it added in both. The parts sum to the decrease of the whole plan, and where the loss is quadratic in the moves they are
+exactly each move's own part −gᵀδ_i − ½ δ_iᵀHΔ of it, which is what predictions are of. A move alone would be another
+question: sprouts of one layer have outgoing weights that are solved for together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby, pairwise
+from typing import Final
+
+from torch import nn
+
+from splitwatch.events import Outcome
+from splitwatch.growth.grow import widened
+from splitwatch.probe import Probe
+from splitwatch.records import GrowthPlan, LayerGeometry, Split, Sprout
+
+Move = Split | Sprout
+
+PARTS: Final = 8
+"""Outcomes of one event, unless more layers move: twice as many losses of the held-out half is what they cost. Where
+there are more moves, like ones of a layer share an outcome."""
+
+
+def outcomes(
+    model: nn.Module, plan: GrowthPlan, probe: Probe, geometry: Mapping[str, LayerGeometry] | None = None
+) -> tuple[Outcome, ...]:
+    """What each move of a plan is predicted to do and what it does on the held-out half; the model is left as it was.
+
+    Args:
+        model: the network, not grown yet.
+        plan: the moves.
+        probe: its held-out half decides.
+        geometry: tells which splits are certified, none without it.
+    """
+    if not plan.moves:
+        return ()
+    parts = _parts(plan.moves, geometry or {})
+    start = probe.loss(model, "held_out")
+    whole = _loss(model, plan, parts, probe)
+    there = [start, *(_loss(model, plan, parts[:i], probe) for i in range(1, len(parts))), whole]
+    back = [whole, *(_loss(model, plan, parts[i:], probe) for i in range(1, len(parts))), start]
+    gains = zip(pairwise(there), pairwise(back), strict=True)
+    realised = [((a - b) + (d - c)) / 2 for (a, b), (c, d) in gains]
+    return tuple(_outcome(part, gain, geometry or {}) for part, gain in zip(parts, realised, strict=True))
+
+
+def certified(move: Move, geometry: Mapping[str, LayerGeometry]) -> bool:
+    """Whether the held-out interval of the curvature that a split follows lies on the descending side."""
+    measured = geometry.get(move.layer)
+    if measured is None or not isinstance(move, Split):
+        return False
+    if bool(move.out_offset.abs().max() > 0):
+        return bool(measured.escape_interval[move.neuron, 1] < 0)
+    return bool((measured.negative | measured.positive)[move.neuron])
+
+
+def _parts(moves: Sequence[Move], geometry: Mapping[str, LayerGeometry]) -> list[tuple[Move, ...]]:
+    """Moves one by one, or like ones of a layer in at most so many parts."""
+    if len(moves) <= PARTS:
+        return [(move,) for move in moves]
+
+    def like(move: Move) -> tuple[str, str, bool]:
+        return type(move).__name__, move.layer, certified(move, geometry)
+
+    runs = [tuple(run) for _, run in groupby(sorted(moves, key=like), key=like)]
+    share = max(1, -(-len(moves) // max(1, PARTS - len(runs))))
+    return [run[i : i + share] for run in runs for i in range(0, len(run), share)]
+
+
+def _loss(model: nn.Module, plan: GrowthPlan, parts: Sequence[Sequence[Move]], probe: Probe) -> float:
+    with widened(model, replace(plan, moves=tuple(move for part in parts for move in part))):
+        return probe.loss(model, "held_out", finite=False)
+
+
+def _outcome(part: Sequence[Move], realised: float, geometry: Mapping[str, LayerGeometry]) -> Outcome:
+    first, predicted = part[0], sum(move.predicted_decrease for move in part)
+    kind = "split" if isinstance(first, Split) else "sprout"
+    return Outcome(first.layer, kind, predicted, realised, len(part), all(certified(move, geometry) for move in part))
