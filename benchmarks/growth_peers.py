@@ -1,75 +1,39 @@
-"""Growth moves of others, as choices only: the surgery and the optimizer state are the same for all of them."""
+"""Growth moves of others, as choices only: surgery and optimizer state are the same for all of them.
+
+    Net2Wider   Chen, Goodfellow & Shlens 2016: function-preserving copies of random neurons, with noise
+    S2D         Liu, Wu & Wang 2019: halves at ± ε v_min of the splitting matrix
+    S3D         Wu, Ye, Lei, Lee & Liu 2020: signed halves too, where λ_max promises more
+    GradMax     Evci et al. 2022: silent incoming weights, outgoing ones of largest gradient norm
+    TINY        Verbockhaven et al. 2024: the best rank-k answer to what existing weights cannot express, line search
+    Firefly     Wu, Liu, Stone & Liu 2020: splits and new neurons trained briefly, ranked by integrated gradient
+
+A choice takes (site, layer, count) and returns moves. All neurons of the whole probe are looked at.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from growth_site import Move, Site, fresh
+from torch import Tensor
 
-from splitwatch import GrowthPolicy, Probe, measure_geometry, plan_growth
 from splitwatch.anatomy import plain_module
+from splitwatch.geometry.curvature import lift, outgoing_gradient
 from splitwatch.geometry.eigen import extreme_eigenpairs
 from splitwatch.geometry.measure import InnerHessian
 from splitwatch.geometry.sweep import Sweep
 from splitwatch.geometry.weights import neuron_weights
-from splitwatch.growth.pursuit import pursue, sized
-from splitwatch.layers import find_hidden_layers, select_layers
+from splitwatch.growth.grow import widened
+from splitwatch.linear_map import LinearMap
 from splitwatch.probe import LayerTrace
-from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, Split, Sprout
+from splitwatch.records import GrowthPlan, HiddenLayer, Split, Sprout
 
-Move = Split | Sprout
-
-
-@dataclass(frozen=True)
-class Site:
-    """A network about to grow until its hidden layers have a width."""
-
-    model: nn.Module
-    probe: Probe
-    width: int
-    seed: int
-
-    @cached_property
-    def layers(self) -> tuple[HiddenLayer, ...]:
-        return select_layers(find_hidden_layers(self.model, self.probe), None)
-
-    @cached_property
-    def geometry(self) -> dict[str, LayerGeometry]:
-        return measure_geometry(self.model, self.probe, self.layers)
-
-    @cached_property
-    def generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self.seed)
-
-
-def everywhere(choose: Callable[[Site, HiddenLayer, int], list[Move]]) -> Callable[[Site], GrowthPlan]:
-    """A choice made in every hidden layer."""
-
-    def plan(site: Site) -> GrowthPlan:
-        moves = [m for layer in site.layers for m in choose(site, layer, max(site.width - layer.width, 0))]
-        return GrowthPlan(site.layers, tuple(moves), choose.__name__)
-
-    return plan
-
-
-def random_new(site: Site, layer: HiddenLayer, count: int) -> list[Move]:
-    """Neurons as a fresh layer has them, with outgoing weights zero."""
-    c = neuron_weights(site.model, layer)[1].shape[1]
-    return [Sprout(layer.name, w, torch.zeros(c)) for w in fresh(site, layer, count)]
-
-
-def fresh(site: Site, layer: HiddenLayer, count: int) -> Tensor:
-    """Incoming weights as PyTorch's own initialisation draws them, (count, d)."""
-    parts = []
-    for name in layer.producers:
-        module = plain_module(site.model, name)
-        inputs = module.weight[0].numel()
-        drawn = torch.rand(count, inputs + (module.bias is not None), generator=site.generator)
-        parts.append((2 * drawn - 1) / inputs**0.5)
-    return torch.cat(parts, dim=1)
+KINK = 1e-3
+"""How far from zero GradMax's neurons start where ReLU has its kink, relative to existing incoming weights."""
+AMPLITUDES = [0.0, *(2.0**power for power in range(-10, 11))]
+"""What TINY's line search tries."""
 
 
 def net2wider(site: Site, layer: HiddenLayer, count: int, noise: float = 1e-2) -> list[Move]:
@@ -85,106 +49,137 @@ def net2wider(site: Site, layer: HiddenLayer, count: int, noise: float = 1e-2) -
     return moves
 
 
-def two(layer: HiddenLayer, r: int, u: Tensor, c: int, coefficients=(0.5, 0.5)) -> Split:
-    """Two copies whose mean, weighted by the coefficients, stays where the neuron was; the second moves by −u."""
+def halves(layer: HiddenLayer, r: int, u: Tensor, c: int, coefficients: tuple[float, float] = (0.5, 0.5)) -> Split:
+    """Two copies, the second moved by −u, the first so that their mean by the coefficients stays where it was."""
     a, b = coefficients
-    offset = torch.stack([u * b / a, -u])
-    return Split(layer.name, r, coefficients, offset, torch.zeros(2, c), 0.0)
+    return Split(layer.name, r, coefficients, torch.stack([u * b / a, -u]), torch.zeros(2, c), 0.0)
 
 
-def inner(site: Site, layer: HiddenLayer):
-    """Both ends of every neuron's splitting matrix."""
+def splitting_matrices(site: Site, layer: HiddenLayer, ends: str):
+    """Extreme eigenpairs of every neuron's splitting matrix, which is its inner Hessian."""
     curvature = next(iter(Sweep(site.model, site.probe, [layer], "all").curvatures()))
     v = curvature.outgoing
-    like = {"m": len(v), "dtype": v.dtype, "device": v.device}
-    return extreme_eigenpairs(InnerHessian(curvature), **like, n=curvature.d, tolerance=1e-3, seed=0)
+    like = {"m": len(v), "n": curvature.d, "dtype": v.dtype, "device": v.device}
+    return extreme_eigenpairs(InnerHessian(curvature), **like, tolerance=1e-2, ends=ends, seed=site.seed)
 
 
 def s2d(site: Site, layer: HiddenLayer, count: int, offset: float = 1e-2) -> list[Move]:
-    """Halves at ± ε v_min of the neurons with the lowest eigenvalues (Liu, Wu & Wang 2019)."""
-    found, (w, v) = inner(site, layer), neuron_weights(site.model, layer)
+    """Halves at ± ε v_min of the neurons with the lowest eigenvalues."""
+    found, (w, v) = splitting_matrices(site, layer, "min"), neuron_weights(site.model, layer)
     lowest = found.min_value.argsort()[:count].tolist()
-    return [two(layer, r, offset * w[r].norm() * found.min_vector[r].to(w), v.shape[1]) for r in lowest]
+    return [halves(layer, r, offset * w[r].norm() * found.min_vector[r].to(w), v.shape[1]) for r in lowest]
 
 
 def s3d(site: Site, layer: HiddenLayer, count: int, offset: float = 1e-2, cap: float = 3.0) -> list[Move]:
-    """Binary signed splits of the largest gain, −min(λ_min, −(c−1)/(c+1)·λ_max) (Wu, Ye, Lei, Liu & Liu 2020)."""
-    found, (w, v) = inner(site, layer), neuron_weights(site.model, layer)
+    """Binary signed splits of the largest gain, −min(λ_min, −(c−1)/(c+1)·λ_max)."""
+    found, (w, v) = splitting_matrices(site, layer, "both"), neuron_weights(site.model, layer)
     signed = -(cap - 1) / (cap + 1) * found.max_value
     moves: list[Move] = []
     for r in torch.minimum(found.min_value, signed).argsort()[:count].tolist():
-        positive = bool(found.min_value[r] <= signed[r])
-        u = offset * w[r].norm() * (found.min_vector if positive else found.max_vector)[r].to(w)
-        coefficients = (0.5, 0.5) if positive else ((1 + cap) / 2, (1 - cap) / 2)
-        moves.append(two(layer, r, u, v.shape[1], coefficients))
+        equal = bool(found.min_value[r] <= signed[r])
+        u = offset * w[r].norm() * (found.min_vector if equal else found.max_vector)[r].to(w)
+        moves.append(halves(layer, r, u, v.shape[1], (0.5, 0.5) if equal else ((1 + cap) / 2, (1 - cap) / 2)))
     return moves
 
 
-def linear_features(trace: LayerTrace):
-    """(N, S, …) placeholder."""
-    raise NotImplementedError
-
-
-def splits_at(offset: float):
-    def splits(site: Site, layer: HiddenLayer, count: int) -> list[Move]:
-        return s2d(site, layer, count, offset)
-
-    return splits
-
-
-def sprouts(site: Site, layer: HiddenLayer, count: int) -> list[Move]:
-    """Residual pursuit alone."""
-    return list(sized(site.model, [layer], pursue_in(site, layer, count).sprouts(), site.probe))
-
-
-def pursue_in(site: Site, layer: HiddenLayer, count: int):
-    return pursue(site.model, layer, site.probe, count, None, max_bytes=2**30, seed=site.seed)
-
-
-def half_and_half(offset: float):
-    def half(site: Site, layer: HiddenLayer, count: int) -> list[Move]:
-        splits = s2d(site, layer, count // 2, offset)
-        return splits + sprouts(site, layer, count - len(splits))
-
-    return half
-
-
-def splitwatch(moves: str):
-    def plan(site: Site) -> GrowthPlan:
-        count = sum(max(site.width - layer.width, 0) for layer in site.layers)
-        policy = GrowthPolicy(max_neurons=count, max_ratio=None, moves=moves)
-        return plan_growth(site.model, site.geometry, site.probe, policy, layers=site.layers)
-
-    return plan
-
-
 def gradmax(site: Site, layer: HiddenLayer, count: int) -> list[Move]:
-    """No incoming weights, outgoing ones along ∂²L/∂v∂w's singular vectors, as long as existing ones."""
-    from splitwatch.geometry.curvature import lift, outgoing_gradient
+    """Incoming weights zero; outgoing ones along the singular vectors of E[s xᵀ], as long as existing ones.
 
+    There are no more of those than outputs or inputs; what is missing mixes them at random by their singular values.
+    The paper takes ReLU'(0) for 1, PyTorch for 0, so that neurons of ReLU would never learn: they start just above 0,
+    or next to it where there is no bias.
+    """
     w, v = neuron_weights(site.model, layer)
-    eye = torch.eye(w.shape[1])
-    n = sum(
-        t[layer.name].share * outgoing_gradient(t[layer.name], lift(t[layer.name], eye))
-        for t in site.probe.traces(site.model, [layer], "all")
-    )
-    _, s, vh = torch.linalg.svd(n, full_matrices=False)
-    rest = torch.randn(max(count - len(s), 0), len(s), generator=site.generator) * s @ vh
-    out = torch.cat([vh[:count], rest])
-    out = out / out.norm(dim=1, keepdim=True) * v.norm(dim=1).mean()
-    return [Sprout(layer.name, torch.zeros(w.shape[1]), o) for o in out]
+    slope = sum(t.share * slopes(t) for t in traced(site, layer))
+    _, values, along = torch.linalg.svd(torch.as_tensor(slope), full_matrices=False)
+    mixed = torch.randn(max(count - len(values), 0), len(values), generator=site.generator).to(values) * values @ along
+    outgoing = F.normalize(torch.cat([along[:count], mixed]), dim=1) * v.norm(dim=1).mean()
+    incoming = torch.zeros(count, w.shape[1])
+    if any("relu" in operation.lower() for operation in layer.operations):
+        incoming += KINK * w.norm(dim=1).mean() * F.normalize(above_zero(site, layer, count), dim=1)
+    return [Sprout(layer.name, row, v) for row, v in zip(incoming, outgoing, strict=True)]
 
 
-GROW: dict[str, Callable[[Site], GrowthPlan]] = {
-    "random": everywhere(random_new),
-    "Net2Wider": everywhere(net2wider),
-    "S2D": everywhere(s2d),
-    "S3D": everywhere(s3d),
-    "GradMax": everywhere(gradmax),
-    "splits .3": everywhere(splits_at(0.3)),
-    "pursuit": everywhere(sprouts),
-    "half .3": everywhere(half_and_half(0.3)),
-    "sw mixed": splitwatch("mixed"),
-    "sw splits": splitwatch("splits"),
-    "sw sprouts": splitwatch("sprouts"),
-}
+def above_zero(site: Site, layer: HiddenLayer, count: int) -> Tensor:
+    """Incoming weights that are a bias alone, random ones where there is none."""
+    w = fresh(site, layer, count)
+    if all(plain_module(site.model, name).bias is not None for name in layer.producers):
+        w[:, :-1], w[:, -1] = 0, 1
+    return w
+
+
+def traced(site: Site, layer: HiddenLayer) -> list[LayerTrace]:
+    return [traces[layer.name] for traces in site.probe.traces(site.model, [layer], "all")]
+
+
+def slopes(trace: LayerTrace) -> Tensor:
+    """E[x sᵀ] (d, c): what a new neuron that is linear in its input would see, s the loss's slope downstream."""
+    return outgoing_gradient(trace, linear_features(trace))
+
+
+def linear_features(trace: LayerTrace) -> list[Tensor]:
+    """What consumers would read of neurons that each pass on one input, biases included."""
+    d = sum(p.weight_shape[1:].numel() + p.has_bias for p in trace.producers)
+    features = lift(trace, torch.eye(d, device=trace.signals[0].device))
+    flat = trace.producers[0].conv is not None and trace.consumers[0].conv is None
+    return [x.flatten(1) for x in features] if flat else list(features)
+
+
+def tiny(site: Site, layer: HiddenLayer, count: int) -> list[Move]:
+    """√λ S^−½ u in, −√λ v out, for the largest singular triples of S^−½ E[x s⊥ᵀ]; one amplitude by line search.
+
+    s⊥ is what is left of s after the best change of the existing outgoing weights, S = E[x xᵀ]. There are at most as
+    many neurons as outputs or inputs.
+    """
+    traces = residual(traced(site, layer))
+    eye = torch.eye(neuron_weights(site.model, layer)[0].shape[1])
+    rows = torch.cat([_rows(lift(t, eye)[0], t.producers[0]) for t in traces]).double()
+    values, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
+    keep = values > torch.finfo(torch.float32).eps * len(values) * values[-1]
+    root = vectors[:, keep] / values[keep].sqrt()
+    slope = torch.as_tensor(sum(t.share * slopes(t) for t in traces)).double()
+    u, size, vh = torch.linalg.svd(root.T @ slope, full_matrices=False)
+    incoming = (root @ u * size.sqrt()).T[:count].float()
+    outgoing = (-size.sqrt()[:, None] * vh)[:count].float()
+
+    def at(gamma: float) -> list[Move]:
+        pairs = zip(incoming * gamma**0.5, outgoing * gamma**0.5, strict=True)
+        return [Sprout(layer.name, w, v) for w, v in pairs]
+
+    best = min(AMPLITUDES, key=lambda gamma: widened_loss(site, layer, at(gamma)))
+    return [] if best == 0 else at(best)  # an amplitude of zero would leave neurons that never learn
+
+
+def widened_loss(site: Site, layer: HiddenLayer, moves: list[Move]) -> float:
+    with widened(site.model, GrowthPlan((layer,), tuple(moves), "")):
+        loss = site.probe.loss(site.model, "all", finite=False)
+    return loss if loss == loss else float("inf")
+
+
+def residual(traces: list[LayerTrace]) -> list[LayerTrace]:
+    """The traces with signals less what the consumer's existing weights and bias can do about them."""
+    consumers = [t.consumers[0] for t in traces]
+    features = [_patches(c).double() for c in consumers]
+    signals = [_rows(t.signals[0], c).double() for t, c in zip(traces, consumers, strict=True)]
+    known = torch.linalg.lstsq(torch.cat(features), torch.cat(signals), driver="gelsd").solution
+    found = []
+    for trace, consumer, x, s in zip(traces, consumers, features, signals, strict=True):
+        signal, axis = trace.signals[0], consumer.channel_axis
+        left = (s - x @ known).reshape(signal.movedim(axis, -1).shape).movedim(-1, axis)
+        found.append(replace(trace, signals=(left.to(signal),)))
+    return found
+
+
+def _rows(x: Tensor, where: LinearMap) -> Tensor:
+    return x.movedim(where.channel_axis, -1).flatten(0, -2)
+
+
+def _patches(consumer: LinearMap) -> Tensor:
+    """What the outputs of a consumer read, one row each, with a one where it has a bias."""
+    x = consumer.input
+    if consumer.conv is not None:
+        stride, padding, dilation = consumer.conv
+        columns = F.unfold(x, consumer.weight_shape[2:], dilation, padding, stride)
+        x = columns.transpose(1, 2)
+    x = x.flatten(0, -2)
+    return torch.cat([x, x.new_ones(len(x), 1)], dim=1) if consumer.has_bias else x

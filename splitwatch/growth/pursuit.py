@@ -136,11 +136,11 @@ def ascend(bed: Seedbed, w: Tensor, scores: Tensor) -> Tensor:
     size = w.norm(dim=1, keepdim=True) / w.shape[1] ** 0.5
     place = torch.nn.Parameter(w / torch.where(size > 0, size, 1))
     optimizer = torch.optim.Adam([place], lr=RATE)
-    at = bed.measure(w)
+    at = bed.measure(w, pairs=False)
     for _ in range(ASCENT):
         place.grad = -(bed.slope(place.detach() * size, at) * size).nan_to_num(0, 0, 0)
         optimizer.step()
-        at = bed.measure(place.detach() * size)
+        at = bed.measure(place.detach() * size, pairs=False)
         better = at.scores > best_scores
         best[better], best_scores[better] = (place.detach() * size)[better], at.scores[better]
     return best
