@@ -37,6 +37,7 @@ class Lean:
         steps: parts of the outgoing weights that the held-out half chooses from.
         splits: share of the new neurons that split along v_min instead, at ``offset``.
         others: whether existing weights change so that only what is new of a feature enters.
+        ridge: on the outgoing weights, relative to the features' mean squares.
     """
 
     pool: float = 2.0
@@ -47,6 +48,7 @@ class Lean:
     splits: float = 0.0
     offset: float = 0.3
     others: bool = True
+    ridge: float = 0.0
 
     def __call__(self, site: Site) -> GrowthPlan:
         splits: list[Move] = []
@@ -86,6 +88,7 @@ class Lean:
             bed = Seedbed(site.model, layer, site.probe, len(w), BYTES)
             w = self.ascend(bed, w)
             kept, explained = select(found := bed.measure(w), count)
+        found = replace(found, left=found.left + self.ridge * found.norm.diag())
         return Seedlings(layer, bed.readers, w[kept], found.of(kept), explained).sprouts()
 
     def ascend(self, bed: Seedbed, w: Tensor) -> Tensor:

@@ -143,7 +143,8 @@ def regression(table: Table, own: str) -> list[str]:
     below = sum(ratio < 1 for ratio in ratios) / len(ratios)
     return [
         f"- regression: below every fixed width in {below:.0%} of {len(ratios)} runs; error over the best fixed "
-        f"width's: median {median(ratios):.2f}, largest {max(ratios):.2f}; wide from scratch over it: median {median(wide):.1f}"
+        f"width's: median {median(ratios):.2f}, largest {max(ratios):.2f}; wide from scratch over it: "
+        f"{median(wide):.1f}"
     ]
 
 

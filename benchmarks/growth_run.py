@@ -156,6 +156,8 @@ def execute(cell: Cell, method: str, seed: int, *, charged: bool = True) -> dict
     run = Run(cell, cell.problem(cell.activation, seed), width, seed, charged)
     for share, wide in () if fixed else zip(cell.at, cell.widths[1:], strict=True):
         run.until(share)
+        if run.share >= 1:  # choosing the last moves took what was left
+            break
         run.grow(method, wide)
     run.until(1.0)
     run.look()
@@ -167,6 +169,7 @@ def execute(cell: Cell, method: str, seed: int, *, charged: bool = True) -> dict
         "final loss": run.curve[-1][1],
         "area": area(run.curve),
         "parameters": count_parameters(run.model),
+        "spent": run.share,
         "curve": run.curve,
         "events": run.events,
         "seconds": time.process_time() - start,
