@@ -62,16 +62,20 @@ def tasks(cells: Sequence[Cell], methods: Sequence[str], seeds: int) -> list[Key
     return [(c.name, method, s) for s in range(seeds) for c in cells for method in [*sweep[c.name], *methods]]
 
 
-def run_all(todo: Sequence[Key], path: Path, workers: int) -> None:
-    bar = tqdm(total=len(todo), unit="run", smoothing=0.02)
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
-        jobs = {pool.submit(one, *item): item for item in todo}
-        for job in as_completed(jobs):
-            bar.set_postfix_str(" · ".join(map(str, jobs[job])))
-            store(path, [job.result()])
-            bar.update()
-    bar.close()
+def run_all(todo: Sequence[Key], path: Path, workers: int) -> list[str]:
+    """Run what is to do, in the order of the list; returns what failed, which a later call tries again."""
+    failed: list[str] = []
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    jobs = {pool.submit(one, *item): item for item in todo}
+    try:
+        for job in tqdm(as_completed(jobs), total=len(todo), unit="run", smoothing=0.02):
+            if (error := job.exception()) is None:
+                store(path, [job.result()])
+            else:
+                failed.append(f"{jobs[job]}: {error}")
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    return failed
 
 
 def one(cell: str, method: str, seed: int) -> dict[str, Any]:
@@ -106,7 +110,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         store(args.results, results, "w")
     if not args.report:
         done = {key(result) for result in results}
-        run_all([t for t in tasks(cells, args.methods, args.seeds) if t not in done], args.results, args.workers)
+        todo = [task for task in tasks(cells, args.methods, args.seeds) if task not in done]
+        failed = run_all(todo, args.results, args.workers)
+        print(*(f"failed: {line}" for line in failed), sep="\n")
     names = {cell.name for cell in cells}
     results = [r for r in stored(args.results) if r["cell"] in names and r["seed"] < args.seeds]
     text = describe(results, args.own)

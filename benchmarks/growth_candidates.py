@@ -1,8 +1,8 @@
 """Do predictions rank moves? Single splits and single new neurons at plateaus, predicted against realised.
 
-At each plateau (every cell's narrow network of benchmarks/growth.py after its first stage, three times as long) up to 20
-neurons propose a split at an offset of its own from a line search, and 40 random candidates of residual pursuit
-propose a sprout. Every move is made alone, on its own best step; what it decreases is measured on fresh batches.
+At each plateau (every cell's narrow network of benchmarks/growth.py, trained three times as long as its first stage)
+the 20 best neurons propose a split at an offset of its own from a line search, and 40 random candidates of residual
+pursuit propose a sprout. Every move is made alone; what it decreases is measured on fresh batches.
 
     python benchmarks/growth_candidates.py [seeds] [cell …]
 """

@@ -236,6 +236,6 @@ def draw(results: Sequence[Result], own: str, path: Path) -> None:
         axis.set(title=cell, yscale="log", xlabel="share of the FLOPs")
     for axis in list(axes.flat)[len(table) :]:
         axis.set_axis_off()
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=6, frameon=False)
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=min(6, 2 * columns), frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
