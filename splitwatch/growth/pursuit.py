@@ -143,7 +143,7 @@ def ascend(bed: Seedbed, w: Tensor, at: Measured) -> Tensor:
     for _ in range(ASCENT):
         place.grad = -(bed.slope(place.detach() * size, at) * size).nan_to_num(0, 0, 0)
         optimizer.step()
-        at = bed.measure(place.detach() * size)
+        at = bed.measure(place.detach() * size, pairs=False)
         better = at.scores > best_scores
         best[better], best_scores[better] = (place.detach() * size)[better], at.scores[better]
     return best

