@@ -339,6 +339,13 @@ def test_nothing_is_disturbed():
         assert g is None or torch.equal(g, value)
 
 
+def test_gradients_switched_off_by_the_caller_change_nothing():
+    model, probe, _ = a_minimum()
+    verdict = narrow_verdict(model, probe)
+    with torch.no_grad():
+        assert str(narrow_verdict(model, probe)) == str(verdict)
+
+
 def test_frozen_parameters_do_not_count():
     model, probe = bowl([[1.0, 2.0], [1.0, 2.0]])
     model.extra = nn.Parameter(torch.zeros(3), requires_grad=False)

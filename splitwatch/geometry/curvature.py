@@ -157,7 +157,7 @@ def outgoing_gradient(trace: LayerTrace, blocks: Sequence[Tensor]) -> Tensor:
     for block, where, consumer, signal in readers:
         gradient = consumer.at(block).weight_gradient(signal)
         parts.append(extract_columns(gradient, gradient.shape[1] // where.stride, 0, where.stride))
-    return torch.cat(parts, dim=1)
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
 def incoming_sizes(trace: LayerTrace) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -13,10 +14,9 @@ class Drift:
     below √ε the tridiagonal matrices are right to ε.
     """
 
-    def __init__(self, m: int, limit: int, eps: float) -> None:
+    def __init__(self, m: int, eps: float) -> None:
         self.eps, self.again = eps, False
-        self.before, self.now = torch.zeros(2, m, limit + 1, dtype=torch.float64)
-        self.now[:, 0] = 1
+        self.before, self.now = torch.zeros(m, 0, dtype=torch.float64), torch.ones(m, 1, dtype=torch.float64)
 
     def keep(self, rows: Tensor) -> None:
         """Let go of all operators but some."""
@@ -27,16 +27,15 @@ class Drift:
         j, w = alpha.shape[1], self.now
         loss = torch.zeros_like(w)
         old = slice(0, j - 1)
-        loss[:, old] = (alpha[:, old] - alpha[:, j - 1 :]) * w[:, old] + beta[:, old] * w[:, 1:j]
+        loss[:, old] = (alpha[:, old] - alpha[:, j - 1 :]) * w[:, old] + beta[:, old] * w[:, 1:]
         loss[:, 1 : j - 1] += beta[:, : j - 2] * w[:, : j - 2] if j > 2 else 0
-        loss[:, old] -= beta[:, j - 2, None] * self.before[:, old] if j > 1 else 0
+        loss[:, old] -= beta[:, j - 2, None] * self.before if j > 1 else 0
         noise = self.eps * size.double()[:, None]
-        loss[:, :j] = (loss[:, :j] + noise * torch.where(loss[:, :j] < 0, -1, 1)) / beta[:, j - 1 :]
-        worst = torch.where(live, loss[:, :j].abs().amax(dim=1), 0.0)
+        loss = (loss + noise * torch.where(loss < 0, -1, 1)) / beta[:, j - 1 :]
+        worst = torch.where(live, loss.abs().amax(dim=1), 0.0)
         due = self.again or not bool((worst < self.eps**0.5).all())
         self.again = due and not self.again  # the recurrence looks two vectors back
         if due:
-            loss[:, :j] = self.eps
-        loss[:, j] = 1
-        self.before, self.now = w, loss
+            loss[:] = self.eps
+        self.before, self.now = w, F.pad(loss, (0, 1), value=1.0)
         return due

@@ -1,7 +1,7 @@
 """Extreme eigenpairs of many symmetric operators at once, from products alone; never sees a model.
 
 Lanczos with partial reorthogonalisation, one starting vector an operator, all in step (Golub & Van Loan, Matrix
-Computations, ch. 10; Simon 1984). An operator stops by itself; once a quarter of those that remain have stopped,
+Computations, ch. 10; Simon 1984). An operator stops by itself; once a tenth of those that remain have stopped,
 products go on for the others only. No epsilon is absolute. In the shapes m counts the operators, n their dimension.
 """
 
@@ -14,7 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from splitwatch.geometry.krylov import Operators, Ritz, Scaled, Screen, assert_finite, lanczos, scaled
+from splitwatch.geometry.krylov import Ritz, Screen, lanczos
+from splitwatch.geometry.operators import Operators, Scaled, assert_finite, scaled
 from splitwatch.records import SplitWatchError
 
 Product = Callable[[Tensor], Tensor]
@@ -80,8 +81,7 @@ def extreme_eigenpairs(
         wanted: iterate only on operators whose minimum can be among the ``wanted`` lowest of all; the others stop as
             soon as their minimum is known well enough to tell. For ``ends="min"``.
         max_products: bound on the dimension of the Krylov spaces, by default min(n, 200).
-        max_bytes: bound on the Krylov bases; operators are worked off in groups for which 32 vectors each, with their
-            images, fit.
+        max_bytes: bound on the Krylov bases; operators are worked off in groups for which 32 vectors each fit.
         start: a unit vector (n,) that many of the operators stretch, or one for each (m, n), if known: random starting
             vectors lean towards it. Without one they are random alone.
         seed: of the starting vectors, the same on every device.
@@ -94,7 +94,7 @@ def extreme_eigenpairs(
     limit = min(n, _MAX_PRODUCTS if max_products is None else max_products)
     if limit < 1:
         raise SplitWatchError(f"n and max_products must be at least 1, found n = {n}, max_products = {max_products}")
-    each = 2 * n * torch.finfo(dtype).bits // 8 * min(limit, _PLANNED_BASIS)
+    each = n * torch.finfo(dtype).bits // 8 * min(limit, _PLANNED_BASIS)
     size = max(1, m if max_bytes is None else min(m, max_bytes // each))
     screen = Screen(m, wanted if ends == "min" else None)
     random = torch.nn.functional.normalize(torch.randn(m, n, generator=torch.Generator().manual_seed(seed)))

@@ -5,103 +5,19 @@ In the shapes m counts the operators of a group, k those still iterated on, n th
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from splitwatch.geometry.drift import Drift
-from splitwatch.records import SplitWatchError
+from splitwatch.geometry.operators import Scaled, assert_finite
 
 _FIRST_CHECK = 4
 _ROOM = 16  # vectors an operator, for which room is made at first
 _SAFETY = 0.5  # a residual just below the tolerance is now and then that of another eigenvalue than the extreme one
 _COARSE = 0.1  # residual, relative to the operator's size, at which a minimum is known well enough to be ranked
-
-
-class Operators(Protocol):
-    """Many symmetric operators; applying them maps (k, n) → new images (k, n)."""
-
-    def __call__(self, vectors: Tensor) -> Tensor:
-        """One vector an operator, in its row, to the images."""
-        ...
-
-    def restricted(self, rows: Tensor) -> Operators:
-        """Some of the operators, given by their indices (k,)."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Padded:
-    """A product that knows only all m operators at once: the others are applied to zero."""
-
-    product: Callable[[Tensor], Tensor]
-    m: int
-    rows: Tensor | None = None
-
-    def __call__(self, vectors: Tensor) -> Tensor:
-        if self.rows is None:
-            return self.product(vectors).clone()  # it may return what it was given
-        full = vectors.new_zeros(self.m, vectors.shape[1]).index_copy_(0, self.rows, vectors)
-        return self.product(full)[self.rows]
-
-    def restricted(self, rows: Tensor) -> _Padded:
-        return _Padded(self.product, self.m, rows if self.rows is None else self.rows[rows])
-
-
-def assert_finite(images: Tensor) -> None:
-    """Name the operators whose images (k, ·) are not finite, if any."""
-    if not bool(images.sum().isfinite()):  # a sum is cheaper than a look at every number
-        broken = (~images.isfinite().all(dim=1)).nonzero().flatten().tolist()
-        if broken:
-            found = f"found inf or nan in {len(broken)} of {len(images)} operators (first rows: {broken[:8]})"
-            raise SplitWatchError(f"product must be finite, {found}; look for overflow, or a loss that is not finite")
-
-
-class Scaled:
-    """Operators divided by powers of two near their own sizes: exact, and no square in here under- or overflows.
-
-    ``unit`` (k, 1) holds the powers, known after the first product.
-    """
-
-    def __init__(self, operators: Operators) -> None:
-        self.operators, self.calibrated, self.unit = operators, False, torch.ones(1, 1)
-
-    def __call__(self, vectors: Tensor) -> Tensor:
-        """The scaled images of (k, n) vectors."""
-        images = self.raw(vectors)
-        if not self.calibrated:
-            self.calibrate(images)
-        return images.div_(self.unit)
-
-    def raw(self, vectors: Tensor) -> Tensor:
-        """The images as they are."""
-        images = self.operators(vectors).detach().to(vectors.dtype)
-        if images.shape != vectors.shape:
-            raise SplitWatchError(f"product must return the shape {tuple(vectors.shape)}, found {tuple(images.shape)}")
-        return images
-
-    def restricted(self, rows: Tensor) -> Scaled:
-        """Some of the operators, at the same scale."""
-        part = Scaled(self.operators.restricted(rows))
-        part.unit, part.calibrated = self.unit[rows], self.calibrated
-        return part
-
-    def calibrate(self, images: Tensor) -> None:
-        """Take the scale from images (k, ·)."""
-        self.calibrated = True
-        assert_finite(images)
-        largest = images.abs().amax(dim=1, keepdim=True)
-        power = largest / (2 * torch.frexp(largest).mantissa)
-        self.unit = torch.where(largest > 0, power.clamp(min=torch.finfo(images.dtype).tiny), 1.0)
-
-
-def scaled(product: Callable[[Tensor], Tensor] | Operators, m: int, rows: Tensor | None) -> Scaled:
-    """The operators, or those at ``rows``, scaled."""
-    operators = product if hasattr(product, "restricted") else _Padded(product, m)
-    return Scaled(operators if rows is None else operators.restricted(rows))  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
 
 
 class Screen:
@@ -158,80 +74,109 @@ class Ritz:
 
 
 class Lanczos:
-    """The Krylov spaces of k operators, grown by one vector a step."""
+    """The Krylov spaces of k operators, grown by one vector a step.
+
+    ``basis`` is (room, m, n): a step's vectors lie side by side, those of the k operators that are still held in front.
+    Images are not kept. Everything that is taken from one is noted, so that they follow from the vectors to rounding.
+    """
 
     def __init__(self, operators: Scaled, vectors: Tensor, limit: int) -> None:
         m, n = vectors.shape
-        self.operators, self.vectors, self.limit, self.j = operators, vectors, limit, 0
+        self.operators, self.limit, self.j = operators, limit, 0
         self.precision = 10 * torch.finfo(vectors.dtype).eps * n**0.5
         self.rows, self.live = torch.arange(m), torch.full((m,), True)
-        self.basis = vectors.new_empty(2, m, min(_ROOM, limit), n)  # the vectors and their images
+        self.basis = vectors.new_empty(min(_ROOM, limit) + 1, m, n)
+        self.basis[0] = vectors
         self.alpha, self.beta = torch.zeros(2, m, limit, dtype=torch.float64)
-        self.before = torch.full((m, 2), torch.inf, dtype=torch.float64)  # values at the last check
+        self.taken: list[Tensor | None] = []  # by step, beyond α and β: what reorthogonalisation took, (k, j)
+        self.before = torch.full((m, 2, 2), torch.inf, dtype=torch.float64)  # values at the last two checks
         self.size = vectors.new_zeros(m)
-        self.drift = Drift(m, limit, 2 * torch.finfo(vectors.dtype).eps)
+        self.drift = Drift(m, 2 * torch.finfo(vectors.dtype).eps)
 
     def step(self) -> Tensor:
         """Append the next vector; returns which spaces turned out invariant, (k,) on the CPU."""
-        self.j = j = self.j + 1
-        if j > self.basis.shape[2]:
-            room = min(2 * self.basis.shape[2], self.limit)
-            self.basis = self._copied(None, room)
-        images = self.operators(self.vectors)
+        self.j, k = self.j + 1, len(self.rows)
+        if self.j == len(self.basis):
+            self._make_room()
+        *_, vectors, following = self.basis[: self.j + 1, :k]
+        images = self.operators(vectors)
         if not bool((size := images.norm(dim=1)).isfinite().all()):
             assert_finite(images)
-        self.basis[0, :, j - 1], self.basis[1, :, j - 1] = self.vectors, images
         self.size = torch.maximum(self.size, size)
-        alpha = _project_out(images, self.basis[0, :, j - 1 : j])[:, 0]
+        beta = self._orthogonalise(images, vectors)
+        # Finished operators go on as zeros until the next compaction; nothing reads what they append.
+        going = self.live.to(beta.device) & (beta > 0)
+        torch.div(images, torch.where(going, beta, torch.inf)[:, None], out=following)
+        return ((beta <= self.precision * self.size) | (self.j == images.shape[1])).cpu()
+
+    def _orthogonalise(self, images: Tensor, vectors: Tensor) -> Tensor:
+        """Leave of the images of the newest vectors, in place, what is new; returns its norms (k,)."""
+        j, taken = self.j, None
+        alpha = torch.linalg.vecdot(images, vectors)
+        images.addcmul_(vectors, alpha[:, None], value=-1)
         if j > 1:
-            images.addcmul_(self.basis[0, :, j - 2], self.beta[:, j - 2, None].to(images), value=-1)
+            images.addcmul_(self.basis[j - 2, : len(images)], self.beta[:, j - 2, None].to(images), value=-1)
         beta = images.norm(dim=1)
         self.alpha[:, j - 1], self.beta[:, j - 1] = alpha.cpu(), beta.cpu()
         if self.drift.grown(self.alpha[:, :j], self.beta[:, :j], self.size.cpu(), self.live):
-            _project_out(images, self.basis[0, :, :j])
+            taken = _project_out(images, self.basis[:j, : len(images)])
             beta = images.norm(dim=1)
             if bool((beta < self.precision**0.5 * self.size).any()):  # most of an image cancelled
-                _project_out(images, self.basis[0, :, :j])
+                taken += _project_out(images, self.basis[:j, : len(images)])
                 beta = images.norm(dim=1)
             self.beta[:, j - 1] = beta.cpu()
-        invariant = (beta <= self.precision * self.size) | (j == images.shape[1])
-        # Finished operators go on as zeros until the next compaction; nothing reads what they append.
-        going = self.live.to(beta.device) & ~invariant
-        self.vectors = images.div_(torch.where(going, beta, torch.inf)[:, None])
-        return invariant.cpu()
+        self.taken.append(taken)
+        return beta
 
     def ritz(self, which: Tensor, invariant: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of some operators (p,): values (p, 2) of both ends, their residuals, sizes (p,), coefficients (p, 2, j)."""
         j = self.j
-        lower = torch.diag_embed(self.beta[which, : j - 1], offset=-1)  # all that eigh reads, beside the diagonal
-        values, vectors = torch.linalg.eigh(torch.diag_embed(self.alpha[which, :j]) + lower)
+        matrices = self.alpha.new_zeros(len(which), j, j)
+        matrices.diagonal(0, 1, 2).copy_(self.alpha[which, :j])
+        matrices.diagonal(-1, 1, 2).copy_(self.beta[which, : j - 1])  # eigh reads the lower triangle alone
+        values, vectors = torch.linalg.eigh(matrices)
         ends = vectors[:, :, [0, -1]].mT
         residual = torch.where(invariant[which, None], 0.0, self.beta[which, j - 1, None] * ends[:, :, -1].abs())
         return values[:, [0, -1]], residual, values.abs().amax(dim=1), ends
 
-    def _copied(self, rows: Tensor | None, room: int) -> Tensor:
-        """The basis of some operators, or of all, with room for more vectors; only what is in use is copied."""
-        used = self.basis[:, :, : min(self.j, self.basis.shape[2])]
-        k = len(self.rows) if rows is None else len(rows)
-        basis = used.new_empty(2, k, room, used.shape[3])
-        if rows is None:
-            basis[:, :, : used.shape[2]] = used
-        else:
-            torch.index_select(used, 1, rows, out=basis[:, :, : used.shape[2]])
-        return basis
+    def combined(self, which: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        """Combinations of the basis vectors of some operators, (p, 2, j) → (p, 2, n), and their images."""
+        both = torch.cat([F.pad(coefficients, (0, 1)), self._images(which, coefficients)], dim=1)
+        basis = self.basis[: self.j + 1].index_select(1, which.to(self.basis.device))
+        vectors, images = (both.to(basis) @ basis.transpose(0, 1)).split(2, dim=1)
+        return vectors, images
+
+    def _images(self, which: Tensor, coefficients: Tensor) -> Tensor:
+        """The images of combinations of basis vectors, as combinations of these and the next, (p, 2, j + 1)."""
+        alpha, beta = self.alpha[which, None, : self.j], self.beta[which, None, : self.j]
+        found = F.pad(alpha * coefficients, (0, 1))
+        found[:, :, 1:] += beta * coefficients
+        found[:, :, : self.j - 1] += beta[:, :, :-1] * coefficients[:, :, 1:]
+        for i, taken in enumerate(self.taken):
+            if taken is not None:
+                found[:, :, : i + 1] += taken[which, None] * coefficients[:, :, i, None]
+        return found
+
+    def _make_room(self) -> None:
+        """Twice as many vectors fit."""
+        used = self.basis[:, : len(self.rows)]
+        self.basis = used.new_empty(min(2 * self.j, self.limit + 1), *used.shape[1:])
+        self.basis[: self.j] = used
 
     def compact(self) -> None:
-        """Let go of finished operators once they are a quarter of those held."""
-        if bool(self.live.all()) or not bool(self.live.any()) or 4 * int(self.live.sum()) > 3 * len(self.live):
+        """Let go of finished operators once they are a tenth of those held; the last ones take their places."""
+        left = int(self.live.sum())
+        if left == 0 or 10 * left > 9 * len(self.live):
             return
-        keep = self.live.nonzero().flatten()
-        there = keep.to(self.basis.device)
+        keep, freed = torch.arange(left), (~self.live[:left]).nonzero().flatten()
+        keep[freed] = left + self.live[left:].nonzero().flatten()
+        there, used = keep.to(self.basis.device), self.basis[: self.j + 1]
+        used.index_copy_(1, freed.to(there), used.index_select(1, there[freed]))
         self.operators, self.size = self.operators.restricted(there), self.size[there]
-        self.basis, self.vectors = self._copied(there, self.basis.shape[2]), self.vectors[there]
-        self.rows, self.alpha, self.beta, self.before = (
-            x[keep] for x in (self.rows, self.alpha, self.beta, self.before)
+        self.rows, self.alpha, self.beta, self.before, self.live = (
+            x[keep] for x in (self.rows, self.alpha, self.beta, self.before, self.live)
         )
-        self.live = self.live[keep]
+        self.taken = [None if x is None else x[keep] for x in self.taken]
         self.drift.keep(keep)
 
 
@@ -241,7 +186,7 @@ def lanczos(
     """Ritz pairs of both ends from starting vectors (m, n), as exact as ``needed`` ends require; returns the steps.
 
     A residual proves that an eigenvalue is near, not that it is the extreme one: a value also has to stand still
-    between two checks, with the steps in between left to turn up something lower or higher.
+    since the last check but one, with the steps in between left to turn up something lower or higher.
     """
     space = Lanczos(operators, vectors, limit)
     threshold, check = max(_SAFETY * tolerance, space.precision), _FIRST_CHECK
@@ -251,12 +196,12 @@ def lanczos(
         which = (space.live & (invariant | due)).nonzero().flatten()
         if not len(which):
             continue
-        check += max(2, space.j // 5) if due else 0
+        check += max(1, space.j // 10) if due else 0
         values, residual, scale, coefficients = space.ritz(which, invariant)
         small = threshold * scale[:, None]
-        settled = (residual <= small) & ((values - space.before[which]).abs() <= small)
+        settled = (residual <= small) & ((values - space.before[which, 1]).abs() <= small)
         reached = settled[:, needed].all(dim=1) | invariant[which]
-        space.before[which] = values
+        space.before[which] = torch.stack([values, space.before[which, 0]], dim=1)
         rows, unit = space.rows[which], space.operators.unit.cpu().double()[which, 0]
         out = screen.out(found.first + rows, values[:, 0] * unit, residual[:, 0] * unit, scale * unit) & ~reached
         ended = reached | out | (space.j == limit)
@@ -270,16 +215,14 @@ def lanczos(
 
 def _fill(found: Ritz, space: Lanczos, which: Tensor, coefficients: Tensor) -> None:
     """Form the Ritz vectors of some operators and their images, which give true Rayleigh quotients and residuals."""
-    rows = space.rows[which]
-    there = which.to(space.basis.device)
-    pairs = coefficients.to(space.basis) @ space.basis[:, there, : space.j]
-    vectors, images = pairs / pairs[0].norm(dim=2, keepdim=True)
-    found.vectors[rows.to(vectors.device)] = vectors
-    found.measure(rows, vectors, images)
+    vectors, images = space.combined(which, coefficients)
+    norm, rows = vectors.norm(dim=2, keepdim=True), space.rows[which]
+    found.vectors[rows.to(norm.device)] = vectors.div_(norm)
+    found.measure(rows, vectors, images.div_(norm))
 
 
 def _project_out(images: Tensor, basis: Tensor) -> Tensor:
-    """Take away in place what images (k, n) have in a basis (k, j, n); returns the coefficients, (k, j)."""
-    coefficients = (basis @ images[:, :, None]).mT
-    images[:, None].baddbmm_(coefficients, basis, alpha=-1)
-    return coefficients[:, 0]
+    """Take away in place what images (k, n) have in a basis (j, k, n); returns the coefficients, (k, j)."""
+    coefficients = images[:, None] @ basis.permute(1, 2, 0)
+    images[:, None].baddbmm_(coefficients, basis.transpose(0, 1), alpha=-1)
+    return coefficients[:, 0].cpu().double()

@@ -9,7 +9,7 @@ what its sampling error could turn around is not claimed. The loss is taken to b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -120,24 +120,28 @@ class LossCurvature:
             raise SplitWatchError("model: required trainable parameters, found none; set requires_grad on some")
         flat = _flat(self.parameters).detach()
         self.n, self.dtype, self.device, self.size = len(flat), flat.dtype, flat.device, float(flat.double().norm())
-        self.kept: dict[int, Tensor] = {}  # slopes with their graphs, by the batch's identity
+        self.kept: dict[int, tuple[Tensor, ...]] = {}  # slopes with their graphs, by the batch's identity
         self.room, self.once = _KEPT_BYTES, False
         self.weights = {half: share_of(probe.samples(half)) for half in ("fitted", "held_out", "all")}
 
     def gradient(self, half: str) -> Tensor:
         """The gradient on a half, (n,), in float64."""
-        return self._mean(half, lambda slope: slope, torch.float64)
+        return self._mean(half, _flat, torch.float64)
 
     def product(self, vectors: Tensor, half: str) -> Tensor:
         """The Hessian on a half times a vector, (1, n) → (1, n)."""
         seed = vectors[0].to(self.device, self.dtype)
+        parts = seed.split([p.numel() for p in self.parameters])
 
-        def along(slope: Tensor) -> Tensor:
-            if not slope.requires_grad:  # linear in the parameters
+        def along(slopes: Sequence[Tensor]) -> Tensor:
+            pairs = [(s, part.view_as(s)) for s, part in zip(slopes, parts, strict=True) if s.requires_grad]
+            if not pairs:  # linear in the parameters
                 return torch.zeros_like(seed)
             if self.once:
                 raise RuntimeError("an operation in the loss can be differentiated only once")
-            return _flat(torch.autograd.grad(slope, self.parameters, seed, retain_graph=True, materialize_grads=True))
+            outputs, directions = zip(*pairs, strict=True)
+            grads = torch.autograd.grad(outputs, self.parameters, directions, retain_graph=True, materialize_grads=True)
+            return _flat(grads)
 
         return self._mean(half, along, self.dtype)[None].to(vectors)
 
@@ -155,11 +159,11 @@ class LossCurvature:
             residuals, vector = found.residual[0].tolist(), found.min_vector[0]
         return _Ends(low, high, (residuals[0], residuals[1]), vector, exhausted, max(abs(low), abs(high)))
 
-    def _mean(self, half: str, of: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
+    def _mean(self, half: str, of: Callable[[Sequence[Tensor]], Tensor], dtype: torch.dtype) -> Tensor:
         batches = self.probe.half(half)
         total = None
         for batch, share in zip(batches, shares(batches), strict=True):
-            value, factor = of(self._slope(batch)).detach().to(dtype), share * self.weights[half]
+            value, factor = of(self._slopes(batch)).detach().to(dtype), share * self.weights[half]
             if total is not None:
                 total.add_(value, alpha=factor)
             else:
@@ -167,24 +171,24 @@ class LossCurvature:
         assert total is not None
         return summed(total)
 
-    def _slope(self, batch: Batch) -> Tensor:
+    def _slopes(self, batch: Batch) -> tuple[Tensor, ...]:
         """One batch's gradient with the graph that leads to it, kept while there is room."""
         if id(batch) in self.kept:
             return self.kept[id(batch)]
-        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no second derivative
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused kernels of attention have no second derivative
             tape, loss = self.probe.record(self.model, batch)
-        slope = _flat(torch.autograd.grad(loss, self.parameters, create_graph=True, materialize_grads=True))
-        self.once |= _is_cut(slope)
+            slopes = torch.autograd.grad(loss, self.parameters, create_graph=True, materialize_grads=True)
+        self.once |= _is_cut(slopes)
         cost = 4 * sum(value.nbytes for value in tape.tensors)
         if cost <= self.room:
             self.room -= cost
-            self.kept[id(batch)] = slope
-        return slope
+            self.kept[id(batch)] = slopes
+        return slopes
 
 
-def _is_cut(slope: Tensor) -> bool:
+def _is_cut(slopes: Iterable[Tensor]) -> bool:
     """Whether the gradient passed an operation without second derivative, which autograd would leave out silently."""
-    seen, left = set(), [slope.grad_fn]
+    seen, left = set(), [slope.grad_fn for slope in slopes]
     while left:
         if (node := left.pop()) is not None and node not in seen:
             seen.add(node)

@@ -21,10 +21,12 @@ def extract_columns(weight: Tensor, m: int, start: int, stride: int) -> Tensor:
 
 def insert_columns(v: Tensor, weight_shape: torch.Size, start: int, stride: int) -> Tensor:
     """The adjoint of ``extract_columns``: (m, c) → a weight that is zero elsewhere."""
-    weight = v.new_zeros(weight_shape)
     m = len(v)
-    rows = v.reshape(m, weight_shape[0], stride, *weight_shape[2:]).movedim(0, 1)
-    weight.narrow(1, start, m * stride).copy_(rows.flatten(1, 2))
+    columns = v.reshape(m, weight_shape[0], stride, *weight_shape[2:]).movedim(0, 1).flatten(1, 2)
+    if columns.shape == weight_shape:
+        return columns
+    weight = v.new_zeros(weight_shape)
+    weight.narrow(1, start, m * stride).copy_(columns)
     return weight
 
 
