@@ -8,8 +8,12 @@ and its resumption does.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from time import perf_counter
 from typing import Any, Final
+
+from tqdm import tqdm
 
 TEST: Final = "gradient test"
 GEOMETRY: Final = "geometry"
@@ -107,3 +111,24 @@ class Budget:
         """Continue from saved accounts."""
         self.training, self.spent, self.saving = state["training"], state["spent"], state["saving"]
         self.costs = dict(state["costs"])
+
+
+class Stages:
+    """Times named stages and shows them on a progress bar."""
+
+    def __init__(self, progress: bool) -> None:
+        self.seconds: dict[str, float] = {}
+        self.bar = tqdm(total=5, desc="splitwatch", leave=False, disable=None if progress else True)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """One stage."""
+        self.bar.set_postfix_str(name)
+        start = perf_counter()
+        yield
+        self.seconds[name] = perf_counter() - start
+        self.bar.update()
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self.bar.close()

@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from splitwatch.batches import Batch, batch_size, select_samples
 from splitwatch.probe import LossFunction, Probe
+from splitwatch.ranks import everywhere, gathered, rank, rank_count
 
 RECENT = 64
 """Samples over which the share of new ones is averaged, so that a few repeated ones do not end the collecting."""
@@ -28,6 +29,7 @@ class ProbeCollector:
     def clear(self) -> None:
         """Start afresh."""
         self.batches: list[Batch] = []
+        self._prints: list[list[float]] = []  # of each batch's samples
         self._seen: set[float] = set()
         self._news = 1.0
         self.ready = False
@@ -47,13 +49,30 @@ class ProbeCollector:
         weight = min(len(prints) / RECENT, 1.0)
         self._news += weight * (len(rows) / len(prints) - self._news)
         if rows:
-            self._seen.update(prints[i] for i in rows)
+            self._prints.append([prints[i] for i in rows])
+            self._seen.update(self._prints[-1])
             self.batches.append(pytree.tree_map(_kept, select_samples(batch, torch.tensor(rows))))
         self.ready = len(self.batches) >= 2 and (self.samples >= self.target or self._news < 0.1)
 
     def probe(self, loss_fn: LossFunction) -> Probe:
-        """The probe over everything collected."""
-        return Probe(self.batches, loss_fn)
+        """The probe over everything collected; a sample that several ranks collected stays with the first of them."""
+        return Probe(self.batches if rank_count() == 1 else self._own(), loss_fn)
+
+    def _own(self) -> list[Batch]:
+        """The batches without samples that another rank collected earlier, or as early with a lower number.
+
+        Where that leaves a rank without a probe, since it was given the samples of another, each keeps its own.
+        """
+        numbered = [[i, value] for i, prints in enumerate(self._prints) for value in prints]
+        first: dict[float, tuple[float, int]] = {}
+        for owner, flat in enumerate(gathered([number for pair in numbered for number in pair])):
+            for i, value in zip(flat[::2], flat[1::2], strict=True):
+                first[value] = min(first.get(value, (i, owner)), (i, owner))
+        kept = []
+        for batch, prints in zip(self.batches, self._prints, strict=True):
+            rows = [i for i, value in enumerate(prints) if first[value][1] == rank()]
+            kept += [select_samples(batch, torch.tensor(rows))] if rows else []
+        return kept if everywhere(len(kept) >= 2) else self.batches
 
 
 def _kept(leaf: object) -> object:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from tqdm import tqdm
 
 from splitwatch.batches import Batch, batch_size
-from splitwatch.budget import GEOMETRY, TEST, Budget
+from splitwatch.budget import GEOMETRY, TEST, Budget, Stages
 from splitwatch.collect import ProbeCollector
 from splitwatch.geometry.caveats import caveats
 from splitwatch.geometry.diagnose import diagnose_splits
@@ -24,9 +21,10 @@ from splitwatch.growth.grow import count_parameters, grow
 from splitwatch.growth.optimizer import coupled_weight_decay
 from splitwatch.growth.plan import plan_growth
 from splitwatch.growth.policy import GrowthPolicy
+from splitwatch.growth.replicas import bare, bare_optimizers, follow
 from splitwatch.layers import find_hidden_layers, select_layers
 from splitwatch.probe import LossFunction, Probe
-from splitwatch.ranks import everywhere, is_first, summed_number
+from splitwatch.ranks import everywhere, is_first, rank_count, summed_number
 from splitwatch.records import (
     GrowthEvent,
     GrowthPlan,
@@ -54,7 +52,8 @@ class Grower:
             grower.step(batch, loss)
 
     Args:
-        model: the network; its modules stay, their parameters are replaced when it grows.
+        model: the network; its modules stay, their parameters are replaced when it grows. What Fabric or
+            DistributedDataParallel put around it follows the growth; ``loss_fn`` is given the bare network.
         optimizer: the optimizer, or all of them.
         loss_fn: ``loss_fn(model, batch)`` returns the scalar mean loss of a batch, not scaled; it may open autocast.
         policy: budgets and schedule.
@@ -83,12 +82,12 @@ class Grower:
         probe: Probe | None = None,
         progress: bool = True,
     ) -> None:
-        self.model = model
-        self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        self.model, self.replica = bare(model)
+        self.optimizers = bare_optimizers(optimizer)
         self.loss_fn, self.policy = loss_fn, policy or GrowthPolicy()
         self.monitor_only, self.sinks, self.progress = monitor_only, list(sinks), progress
         self.detector = StationarityDetector(self.policy.window, self.policy.tolerance, self.policy.noise_ratio)
-        self.collector = ProbeCollector(self.policy.probe_samples)
+        self.collector = ProbeCollector(-(-self.policy.probe_samples // rank_count()))
         self.fixed_probe = probe
         self.verdict: StationarityVerdict | None = None
         self.events: list[GrowthEvent] = []
@@ -208,7 +207,7 @@ class Grower:
 
     def _measure(self) -> GrowthEvent:
         probe, parameters = self._probe(), count_parameters(self.model)
-        stages = _Stages(self.progress and is_first())
+        stages = Stages(self.progress and is_first())
         try:
             with stages(TEST):
                 verdict = self.detector.test(self.model, probe, int(summed_number(self.batch_size)))
@@ -241,10 +240,12 @@ class Grower:
             return "at a stationary point, but max_overhead does not allow to measure its geometry yet"
         return "" if stationary else f"not at a stationary point ({verdict.kind})"
 
-    def _grown(self, plan: GrowthPlan, probe: Probe, stages: _Stages) -> GrowthEvent:
+    def _grown(self, plan: GrowthPlan, probe: Probe, stages: Stages) -> GrowthEvent:
         if plan and not self.monitor_only:
             with stages("growth"):
-                return grow(self.model, plan, self.optimizers, probe=probe)
+                event = grow(self.model, plan, self.optimizers, probe=probe)
+                follow(self.replica)
+                return event
         widths = {layer.name: (layer.width, layer.width) for layer in plan.layers}
         parameters = count_parameters(self.model)
         return GrowthEvent(plan, widths, (parameters, parameters))
@@ -278,22 +279,3 @@ def _light(event: GrowthEvent) -> GrowthEvent:
     """An event without its tensors, but for a plan that was carried out."""
     plan = event.plan if event.grown else replace(event.plan, moves=())
     return replace(event, geometry={}, plan=plan)
-
-
-class _Stages:
-    """Times named stages and shows them on a progress bar."""
-
-    def __init__(self, progress: bool) -> None:
-        self.seconds: dict[str, float] = {}
-        self.bar = tqdm(total=5, desc="splitwatch", leave=False, disable=None if progress else True)
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        self.bar.set_postfix_str(name)
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - start
-        self.bar.update()
-
-    def close(self) -> None:
-        self.bar.close()
