@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch.utils import _pytree as pytree
 from splitwatch.batches import Batch, batch_size, select_samples
 from splitwatch.probe import LossFunction, Probe
 from splitwatch.ranks import everywhere, gathered, rank, rank_count
+
+STORED = 2**26
+"""Bytes of the largest probe in the making that is saved with a run; a larger one is collected afresh."""
 
 RECENT = 64
 """Samples over which the share of new ones is averaged, so that a few repeated ones do not end the collecting."""
@@ -33,6 +37,22 @@ class ProbeCollector:
         self._seen: set[float] = set()
         self._news = 1.0
         self.ready = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was collected, in builtins and tensors; empty where that is much, or spread over several ranks."""
+        leaves = [leaf for leaf in pytree.tree_leaves(self.batches) if isinstance(leaf, Tensor)]
+        size = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+        if rank_count() > 1 or size > STORED or not _is_plain(self.batches):
+            return {}
+        return {"batches": self.batches, "prints": self._prints, "news": self._news, "ready": self.ready}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Continue from what was saved, or afresh where that is nothing."""
+        self.clear()
+        if state:
+            self.batches = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, state["batches"])
+            self._prints, self._news, self.ready = list(state["prints"]), state["news"], state["ready"]
+            self._seen = {value for prints in self._prints for value in prints}
 
     @property
     def samples(self) -> int:
@@ -77,6 +97,15 @@ class ProbeCollector:
 
 def _kept(leaf: object) -> object:
     return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _is_plain(value: object) -> bool:
+    """Whether ``torch.load(weights_only=True)`` takes a value."""
+    if type(value) in (tuple, list):
+        return all(map(_is_plain, value))  # pyright: ignore[reportArgumentType]
+    if type(value) is dict:
+        return all(_is_plain(part) for item in value.items() for part in item)
+    return type(value) in (Tensor, int, float, str, bool, type(None))
 
 
 def _fingerprints(batch: Batch) -> list[float]:

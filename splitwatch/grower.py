@@ -165,15 +165,17 @@ class Grower:
         return plan_growth(self.model, geometry, probe, self.policy, layers=layers)
 
     def state_dict(self) -> dict[str, Any]:
-        """What has to survive a restart, in builtins. The probe is collected afresh."""
+        """What has to survive a restart, in builtins and tensors: a probe in the making too, unless it is large."""
         counts = {key: getattr(self, key) for key in ("steps", "growths", "batch_size", "pending")}
-        return {**counts, "detector": self.detector.state_dict(), "budget": self.budget.state_dict()}
+        parts = ("detector", "budget", "collector")
+        return counts | {part: getattr(self, part).state_dict() for part in parts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state; a decision that was pending is taken again when suspicion returns."""
+        """Continue from a saved state; what was decided is done where the probe was saved too, or is given."""
         for key in ("steps", "growths", "batch_size"):
             setattr(self, key, state[key])
-        self.pending = bool(state["pending"]) and self.fixed_probe is not None
+        self.collector.load_state_dict(state.get("collector", {}), next(self.model.parameters()).device)
+        self.pending = bool(state["pending"]) and (self.fixed_probe is not None or bool(self.collector.batches))
         self.detector.load_state_dict(state["detector"])
         self.budget.load_state_dict(state["budget"])
 
