@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from splitwatch.batches import Batch
 from splitwatch.grower import Grower, Sink
-from splitwatch.growth.checkpoint import make_growable
 from splitwatch.growth.policy import GrowthPolicy
+from splitwatch.lightning.neighbours import grow_along, make_all_growable
 from splitwatch.lightning.packages import CALLBACKS
 from splitwatch.lightning.strategies import check_strategy, follow_growth
 from splitwatch.probe import LossFunction, Probe
@@ -67,7 +67,7 @@ class SplitWatch(Callback):
         """Let checkpoints of another width load; refuse what cannot work before training starts."""
         if stage == "fit":
             check_strategy(trainer, pl_module)
-        make_growable(pl_module)
+        make_all_growable(trainer, pl_module)
         if stage == "fit" and self.loss_fn is None and not pl_module.automatic_optimization:
             raise SplitWatchError(
                 "loss_fn: required for manual optimization, where training_step takes optimizer steps itself, found "
@@ -113,6 +113,7 @@ class SplitWatch(Callback):
             return
         event = self.grower.act()
         if event is not None and event.grown:
+            grow_along(trainer, event.plan)
             follow_growth(trainer)
 
     def state_dict(self) -> dict[str, Any]:
