@@ -66,7 +66,7 @@ class SplitWatch(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let checkpoints of another width load; refuse what cannot work before training starts."""
         if stage == "fit":
-            check_strategy(trainer, pl_module)
+            check_strategy(trainer, pl_module, grows=not self.monitor_only)
         make_all_growable(trainer, pl_module)
         if stage == "fit" and self.loss_fn is None and not pl_module.automatic_optimization:
             raise SplitWatchError(

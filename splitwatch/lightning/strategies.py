@@ -20,8 +20,8 @@ SHARDED = {
 """Strategies by the names of their classes, which may not be installed, and what they do to parameters."""
 
 
-def check_strategy(trainer: Any, module: nn.Module) -> None:
-    """Refuse before training starts what could not follow a growing network.
+def check_strategy(trainer: Any, module: nn.Module, *, grows: bool) -> None:
+    """Refuse before training starts what could not be measured, or could not follow a network that ``grows``.
 
     Raises:
         SplitWatchError: the strategy shards parameters, or the grown network could not come back from its processes.
@@ -37,13 +37,13 @@ def check_strategy(trainer: Any, module: nn.Module) -> None:
         )
     if trainer.world_size > 1 and "DDPStrategy" not in kinds:
         raise SplitWatchError(f"strategy: required DDP for {trainer.world_size} processes, found {name}; {cure}")
-    if getattr(strategy, "_model_averaging_period", None) is not None:
+    if grows and getattr(strategy, "_model_averaging_period", None) is not None:
         raise SplitWatchError(
             "model_averaging_period: required None, found a period: between two averages the processes hold different "
             "networks, which would grow apart; leave it out"
         )
     returns = type(getattr(strategy, "launcher", None)).__name__ == "_MultiProcessingLauncher"
-    if returns and not is_growable(module):
+    if returns and grows and not is_growable(module):
         raise SplitWatchError(
             "model: required a growable one where processes are spawned or forked, since the main process loads what "
             "they trained, found one that is not; call splitwatch.make_growable(model) before fit"
