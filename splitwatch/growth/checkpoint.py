@@ -65,21 +65,21 @@ class GrowthHistory:
 def make_growable(model: nn.Module) -> GrowthHistory:
     """Let a model's state dicts cross widths; calling it again changes nothing. Returns the model's history."""
     model = plain_module(model)
-    for history in _histories(model):
-        return history
-    history = GrowthHistory()
-    model.register_load_state_dict_pre_hook(history.on_load)
-    model.register_state_dict_post_hook(history)
+    history = _history(model)
+    if history is None:
+        history = GrowthHistory()
+        model.register_load_state_dict_pre_hook(history.on_load)
+        model.register_state_dict_post_hook(history)
     return history
 
 
 def is_growable(model: nn.Module) -> bool:
     """Whether ``make_growable`` was called on a model."""
-    return bool(_histories(plain_module(model)))
+    return _history(plain_module(model)) is not None
 
 
-def _histories(model: nn.Module) -> list[GrowthHistory]:
-    return [hook for hook in model._state_dict_hooks.values() if isinstance(hook, GrowthHistory)]
+def _history(model: nn.Module) -> GrowthHistory | None:
+    return next((hook for hook in model._state_dict_hooks.values() if isinstance(hook, GrowthHistory)), None)
 
 
 def remember(model: nn.Module, plan: GrowthPlan) -> None:
