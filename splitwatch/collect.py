@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,10 @@ from torch.utils import _pytree as pytree
 
 from splitwatch.batches import Batch, batch_size, select_samples
 from splitwatch.probe import LossFunction, Probe
+from splitwatch.ranks import everywhere, gathered, rank, rank_count
+
+STORED = 2**26
+"""Bytes of the largest probe in the making that is saved with a run; a larger one is collected afresh."""
 
 RECENT = 64
 """Samples over which the share of new ones is averaged, so that a few repeated ones do not end the collecting."""
@@ -28,9 +33,26 @@ class ProbeCollector:
     def clear(self) -> None:
         """Start afresh."""
         self.batches: list[Batch] = []
+        self._prints: list[list[float]] = []  # of each batch's samples
         self._seen: set[float] = set()
         self._news = 1.0
         self.ready = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was collected, in builtins and tensors; empty where that is much, or spread over several ranks."""
+        leaves = [leaf for leaf in pytree.tree_leaves(self.batches) if isinstance(leaf, Tensor)]
+        size = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+        if rank_count() > 1 or size > STORED or not _is_plain(self.batches):
+            return {}
+        return {"batches": self.batches, "prints": self._prints, "news": self._news, "ready": self.ready}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Continue from what was saved, or afresh where that is nothing."""
+        self.clear()
+        if state:
+            self.batches = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, state["batches"])
+            self._prints, self._news, self.ready = list(state["prints"]), state["news"], state["ready"]
+            self._seen = {value for prints in self._prints for value in prints}
 
     @property
     def samples(self) -> int:
@@ -47,17 +69,43 @@ class ProbeCollector:
         weight = min(len(prints) / RECENT, 1.0)
         self._news += weight * (len(rows) / len(prints) - self._news)
         if rows:
-            self._seen.update(prints[i] for i in rows)
+            self._prints.append([prints[i] for i in rows])
+            self._seen.update(self._prints[-1])
             self.batches.append(pytree.tree_map(_kept, select_samples(batch, torch.tensor(rows))))
         self.ready = len(self.batches) >= 2 and (self.samples >= self.target or self._news < 0.1)
 
     def probe(self, loss_fn: LossFunction) -> Probe:
-        """The probe over everything collected."""
-        return Probe(self.batches, loss_fn)
+        """The probe over everything collected; a sample that several ranks collected stays with the first of them."""
+        return Probe(self.batches if rank_count() == 1 else self._own(), loss_fn)
+
+    def _own(self) -> list[Batch]:
+        """The batches without samples that another rank collected earlier, or as early with a lower number.
+
+        Where that leaves a rank without a probe, since it was given the samples of another, each keeps its own.
+        """
+        numbered = [[i, value] for i, prints in enumerate(self._prints) for value in prints]
+        first: dict[float, tuple[float, int]] = {}
+        for owner, flat in enumerate(gathered([number for pair in numbered for number in pair])):
+            for i, value in zip(flat[::2], flat[1::2], strict=True):
+                first[value] = min(first.get(value, (i, owner)), (i, owner))
+        kept = []
+        for batch, prints in zip(self.batches, self._prints, strict=True):
+            rows = [i for i, value in enumerate(prints) if first[value][1] == rank()]
+            kept += [select_samples(batch, torch.tensor(rows))] if rows else []
+        return kept if everywhere(len(kept) >= 2) else self.batches
 
 
 def _kept(leaf: object) -> object:
     return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _is_plain(value: object) -> bool:
+    """Whether ``torch.load(weights_only=True)`` takes a value."""
+    if type(value) in (tuple, list):
+        return all(map(_is_plain, value))  # pyright: ignore[reportArgumentType]
+    if type(value) is dict:
+        return all(_is_plain(part) for item in value.items() for part in item)
+    return type(value) in (Tensor, int, float, str, bool, type(None))
 
 
 def _fingerprints(batch: Batch) -> list[float]:

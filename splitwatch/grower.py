@@ -14,26 +14,19 @@ from splitwatch.batches import Batch, batch_size
 from splitwatch.budget import GEOMETRY, TEST, Budget, Stages
 from splitwatch.collect import ProbeCollector
 from splitwatch.control import Control, control_for
-from splitwatch.diagnosis import narrow_point, plateaus
+from splitwatch.diagnosis import diagnosis
 from splitwatch.events import GrowthEvent, light
-from splitwatch.geometry.caveats import caveats
 from splitwatch.geometry.measure import measure_geometry
 from splitwatch.growth.grow import count_parameters, grow
 from splitwatch.growth.optimizer import coupled_weight_decay
 from splitwatch.growth.outcomes import outcomes
 from splitwatch.growth.plan import plan_growth
 from splitwatch.growth.policy import GrowthPolicy
+from splitwatch.growth.replicas import bare, bare_optimizers, follow
 from splitwatch.layers import find_hidden_layers, select_layers
 from splitwatch.probe import LossFunction, Probe
-from splitwatch.ranks import everywhere, is_first, summed_number
-from splitwatch.records import (
-    GrowthPlan,
-    HiddenLayer,
-    LayerGeometry,
-    Split,
-    SplitWatchError,
-    StationarityVerdict,
-)
+from splitwatch.ranks import everywhere, is_first, rank_count, summed_number
+from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, SplitWatchError, StationarityVerdict
 from splitwatch.rewarm import Rewarm
 from splitwatch.watch.stationarity import BLOCKS, StationarityDetector
 
@@ -51,7 +44,8 @@ class Grower:
             grower.step(batch, loss)
 
     Args:
-        model: the network; its modules stay, their parameters are replaced when it grows.
+        model: the network; its modules stay, their parameters are replaced when it grows. What Fabric or
+            DistributedDataParallel put around it follows the growth; ``loss_fn`` is given the bare network.
         optimizer: the optimizer, or all of them.
         loss_fn: ``loss_fn(model, batch)`` returns the scalar mean loss of a batch, not scaled; it may open autocast.
         policy: budgets and schedule.
@@ -80,12 +74,12 @@ class Grower:
         progress: bool = True,
         training_loss: LossFunction | None = None,
     ) -> None:
-        self.model = model
-        self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        self.model, self.replica = bare(model)
+        self.optimizers = bare_optimizers(optimizer)
         self.loss_fn, self.policy = loss_fn, policy or GrowthPolicy()
         self.monitor_only, self.sinks, self.progress = monitor_only, list(sinks), progress
         self.detector = StationarityDetector(self.policy.window, self.policy.tolerance, self.policy.noise_ratio)
-        self.collector = ProbeCollector(self.policy.probe_samples)
+        self.collector = ProbeCollector(-(-self.policy.probe_samples // rank_count()))
         self.fixed_probe = probe
         self.verdict: StationarityVerdict | None = None
         self.events: list[GrowthEvent] = []
@@ -201,17 +195,22 @@ class Grower:
         return plan_growth(self.model, geometry, probe, self.policy, layers=layers)
 
     def state_dict(self) -> dict[str, Any]:
-        """What has to survive a restart, in builtins. The probe is collected afresh, a control is not continued."""
+        """What has to survive a restart, in builtins and tensors: a probe in the making too, unless it is large.
+
+        A control is not continued.
+        """
         counts = {key: getattr(self, key) for key in ("steps", "growths", "batch_size", "pending")}
         counts["control"] = 0 if self.control is None else len(self.control.losses)
         counts["rewarm"] = [item.done for item in self.rewarm]
-        return {**counts, "detector": self.detector.state_dict(), "budget": self.budget.state_dict()}
+        parts = ("detector", "budget", "collector")
+        return counts | {part: getattr(self, part).state_dict() for part in parts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state; a decision that was pending is taken again when suspicion returns."""
+        """Continue from a saved state; what was decided is done where the probe was saved too, or is given."""
         for key in ("steps", "growths", "batch_size"):
             setattr(self, key, state[key])
-        self.pending = bool(state["pending"]) and self.fixed_probe is not None
+        self.collector.load_state_dict(state.get("collector", {}), next(self.model.parameters()).device)
+        self.pending = bool(state["pending"]) and (self.fixed_probe is not None or bool(self.collector.batches))
         for item, done in zip(self.rewarm, state.get("rewarm", ()), strict=False):
             item.begin(done)
         if done := state.get("control"):
@@ -262,17 +261,12 @@ class Grower:
             with stages("plan"):
                 plan = plan_growth(self.model, geometry, probe, self.policy, layers=layers)
             with stages("diagnosis"):
-                narrow = narrow_point(self.model, probe)
-                kind = narrow.kind if narrow else "undecided"
-                splits = plateaus(self.model, probe, layers, geometry, plan, kind)
-                move = next((move for move in plan.moves if isinstance(move, Split)), None)
                 decay = coupled_weight_decay(self.optimizers)
-                warnings = caveats(self.model, probe, layers, geometry, move, decay)
+                found = diagnosis(self.model, probe, layers, geometry, plan, decay)
             event = self._grown(plan, probe, stages, geometry)
         finally:
             stages.close()
-        point = f"{narrow.kind.replace('_', ' ')}: {narrow.reason}" if narrow else ""
-        found = {"verdict": verdict, "geometry": geometry, "point": point, "plateaus": splits, "caveats": warnings}
+        found |= {"verdict": verdict, "geometry": geometry}
         return replace(event, **found, seconds=stages.seconds)
 
     def _stopped(self, verdict: StationarityVerdict) -> str:
@@ -291,6 +285,7 @@ class Grower:
             with stages("growth"):
                 parts = outcomes(self.model, plan, probe, geometry)
                 event = replace(grow(self.model, plan, self.optimizers, probe=probe), outcomes=parts)
+            follow(self.replica)
             for item in self.rewarm:
                 item.begin()
             self.control = control or None

@@ -17,7 +17,7 @@ def rank_count() -> int:
 
 def is_first() -> bool:
     """Whether this is rank 0, whose clock decides."""
-    return rank_count() == 1 or distributed.get_rank() == 0
+    return rank() == 0
 
 
 def mean_over_ranks(value: float) -> float:
@@ -33,6 +33,20 @@ def everywhere(flag: bool) -> bool:
 def largest_over_ranks(value: float) -> float:
     """The largest of a number over the ranks."""
     return value if rank_count() == 1 else _reduced(value, distributed.ReduceOp.MAX)
+
+
+def gathered(values: list[float]) -> list[list[float]]:
+    """The lists of all ranks, in their order."""
+    found: list = [values]
+    if rank_count() > 1:
+        found = [[]] * rank_count()
+        distributed.all_gather_object(found, values)
+    return found
+
+
+def rank() -> int:
+    """The number of this process."""
+    return 0 if rank_count() == 1 else distributed.get_rank()
 
 
 def share_of(samples: int) -> float:

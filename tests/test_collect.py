@@ -71,3 +71,27 @@ def test_nothing_is_looked_at_once_the_data_are_known(monkeypatch):
     monkeypatch.setattr("splitwatch.collect._fingerprints", None)
     collector.add(data)
     assert collector.samples == 100
+
+
+def test_what_several_ranks_collect_stays_with_the_first_of_them(monkeypatch):
+    data = torch.randn(60, 3)
+    ranks = [ProbeCollector(4096), ProbeCollector(4096)]
+    for own, order in zip(ranks, ((0, 1, 2), (1, 0, 2)), strict=True):
+        for i in order:
+            own.add(data[20 * i : 20 * i + 20])
+    prints = [[n for i, batch in enumerate(own._prints) for value in batch for n in (i, value)] for own in ranks]
+    monkeypatch.setattr("splitwatch.collect.gathered", lambda own: prints)
+    monkeypatch.setattr("splitwatch.collect.rank_count", lambda: 2)
+    found = []
+    for number, own in enumerate(ranks):
+        monkeypatch.setattr("splitwatch.collect.rank", lambda number=number: number)
+        monkeypatch.setattr("splitwatch.collect.everywhere", lambda flag: True)
+        found.append(own.probe(mean).half("all"))
+    assert [torch.equal(batch, data[:20]) for batch in found[0]] == [True, False]
+    assert len(torch.cat([*found[0], *found[1]]).unique(dim=0)) == 60
+    monkeypatch.setattr("splitwatch.collect.everywhere", lambda flag: False)  # one rank would be left without
+    assert len(ranks[1].probe(mean).half("all")) == 3
+
+
+def mean(model, batch):
+    return model(batch).mean()

@@ -26,6 +26,12 @@ def test_plain_loop(tmp_path):
     assert list(tmp_path.glob("events*"))
 
 
+def test_fabric_loop():
+    grower, loss = load("fabric_loop").main(1200)
+    assert any(event.grown for event in grower.events)
+    assert loss < 0.05
+
+
 @pytest.mark.slow
 def test_convnet(tmp_path):
     grower, _ = load("convnet").main(1200, str(tmp_path))

@@ -8,7 +8,7 @@ mismatch is the user's and raises torch's own error.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -25,11 +25,13 @@ _KEY = "splitwatch"
 class GrowthHistory:
     """Hook of a growable model: writes what grew into state dicts, resizes the model to those it loads.
 
-    ``layers`` maps layer name to producers, riders, consumers with start and stride, and the widths it has had.
+    ``layers`` maps layer name to producers, riders, consumers with start and stride, and the widths it has had. Where a
+    state dict has lost its metadata, ``elsewhere()`` is asked for them.
     """
 
     def __init__(self) -> None:
         self.layers: dict[str, dict[str, Any]] = {}
+        self.elsewhere: Callable[[], Mapping[str, Any]] = dict
 
     def add(self, plan: GrowthPlan) -> None:
         """Note what a plan widened; what was noted before is replaced, not changed."""
@@ -55,7 +57,7 @@ class GrowthHistory:
 
     def on_load(self, module: nn.Module, state: Any, prefix: str, local: Mapping[str, Any], *_: Any) -> None:
         """Load pre-hook: give the model the widths of the state dict."""
-        stored = local.get(_KEY, {})
+        stored = local.get(_KEY) or self.elsewhere()
         state, prefix = {plain_name(name): tensor for name, tensor in state.items()}, plain_name(prefix)
         for name in {**self.layers, **stored}:
             _resize(module, state, prefix, stored.get(name) or self.layers[name])
@@ -71,6 +73,11 @@ def make_growable(model: nn.Module) -> GrowthHistory:
         model.register_load_state_dict_pre_hook(history.on_load)
         model.register_state_dict_post_hook(history)
     return history
+
+
+def is_growable(model: nn.Module) -> bool:
+    """Whether ``make_growable`` was called on a model."""
+    return _history(plain_module(model)) is not None
 
 
 def recall(model: nn.Module) -> dict[str, dict[str, Any]] | None:

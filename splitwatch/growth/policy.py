@@ -49,7 +49,7 @@ class GrowthPolicy:
         window: training steps the detector looks back over; also the least distance between two measurements.
         tolerance: improvement over a window, relative to the loss scale, that still counts as none.
         noise_ratio: a mean gradient counts as zero below this multiple of one training batch's gradient noise.
-        probe_samples: training samples the probe collects when none is given.
+        probe_samples: training samples the probe collects when none is given, on all processes together.
         max_overhead: seconds that monitoring may take to a second of training, by the clock; None sets no limit. A
             measurement is postponed until what was spent and what it is expected to cost fit, so the steps at which a
             run is measured depend on timing: pass None where they have to be reproducible, and for small networks,

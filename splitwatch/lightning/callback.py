@@ -5,23 +5,31 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytorch_lightning as pl
 from torch import Tensor, nn
 
 from splitwatch.batches import Batch
 from splitwatch.events import GrowthEvent
 from splitwatch.grower import Grower, Sink
-from splitwatch.growth.checkpoint import make_growable
 from splitwatch.growth.policy import GrowthPolicy
+from splitwatch.lightning.neighbours import grow_along, make_all_growable
+from splitwatch.lightning.packages import CALLBACKS
+from splitwatch.lightning.strategies import check_strategy, follow_growth
 from splitwatch.probe import LossFunction, Probe
 from splitwatch.records import SplitWatchError
 from splitwatch.report.board import TensorBoardSink
 from splitwatch.report.scalars import event_scalars, size_scalars
 
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
 
-class SplitWatch(pl.Callback):
+    Callback = pl.Callback
+else:
+    Callback = type("Callback", CALLBACKS, {"__module__": __name__})
+
+
+class SplitWatch(Callback):
     """Watches a Lightning run and widens the LightningModule where that helps; the module needs no change.
 
     Args:
@@ -58,14 +66,14 @@ class SplitWatch(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let checkpoints of another width load; refuse what cannot work before training starts."""
-        make_growable(pl_module)
+        if stage == "fit":
+            check_strategy(trainer, pl_module, grows=not self.monitor_only)
+        make_all_growable(trainer, pl_module)
         if stage == "fit" and self.loss_fn is None and not pl_module.automatic_optimization:
             raise SplitWatchError(
                 "loss_fn: required for manual optimization, where training_step takes optimizer steps itself, found "
                 "None; pass SplitWatch(loss_fn=lambda module, batch: ...)"
             )
-        if stage == "fit" and trainer.world_size > 1:
-            raise SplitWatchError(f"devices: required one process, found {trainer.world_size}; train on one device")
         if stage == "fit" and self.policy.control:
             _check_control(trainer, pl_module)
 
@@ -105,8 +113,12 @@ class SplitWatch(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         """Measure and grow, if that is due, before the step begins."""
-        if self.grower is not None and batch_idx % trainer.accumulate_grad_batches == 0:
-            self.grower.act()
+        if self.grower is None or batch_idx % trainer.accumulate_grad_batches:
+            return
+        event = self.grower.act()
+        if event is not None and event.grown:
+            grow_along(trainer, event.plan)
+            follow_growth(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """The grower's state, in builtins."""

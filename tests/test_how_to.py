@@ -1,0 +1,152 @@
+"""The code of every how-to page runs, and does what the page says."""
+
+import os
+import pathlib
+import re
+import sys
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
+from pytorch_lightning.cli import LightningCLI
+from runs import QUIET, SOON, wave
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader, TensorDataset
+
+from splitwatch import Grower, GrowthPolicy, SplitWatch, grow, load_grown, make_growable
+
+PAGES = pathlib.Path(__file__).parent.parent / "docs" / "how-to"
+
+pytestmark = pytest.mark.filterwarnings(
+    *QUIET,
+    "ignore:.*recommend setting.*:UserWarning",
+    "ignore:.*grad attribute of a Tensor.*",
+    "ignore::DeprecationWarning",
+    "ignore:.*ckpt_path=.last.*:UserWarning",
+)
+
+
+class Net(nn.Sequential):
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1))
+        self.double()
+
+
+class Module(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = Net()
+
+    def training_step(self, batch, batch_idx):
+        return F.mse_loss(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=3e-2)
+
+
+class Data(pl.LightningDataModule):
+    def train_dataloader(self):
+        return loader_of()
+
+
+def loader_of():
+    return DataLoader(TensorDataset(*wave(2048)), batch_size=64)
+
+
+def names():
+    model = Net()
+    quiet = ("logger", "enable_progress_bar", "enable_model_summary")
+    settings = {"accelerator": "cpu", "max_epochs": -1, **dict.fromkeys(quiet, False)}
+    return {
+        "os": os, "pl": pl, "torch": torch, "distributed": distributed, "ModelCheckpoint": ModelCheckpoint,
+        "EMAWeightAveraging": EMAWeightAveraging, "AveragedModel": AveragedModel, "Grower": Grower, "grow": grow,
+        "DistributedDataParallel": DistributedDataParallel, "SplitWatch": SplitWatch, "load_grown": load_grown,
+        "make_growable": make_growable, "Net": Net, "Module": Module, "loader": loader_of(), "policy": SOON,
+        "loss_fn": lambda model, batch: F.mse_loss(model(batch[0]), batch[1]), "backend": "eager", "model": model,
+        "optimizer": torch.optim.Adam(model.parameters(), lr=3e-2), "settings": settings,
+    }  # fmt: skip
+
+
+def blocks(page, language="python"):
+    return re.findall(rf"```{language}\n(.*?)```", (PAGES / page).read_text(), flags=re.DOTALL)
+
+
+def run(code):
+    space = names()
+    exec(code, space)
+    return space
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_resume():
+    callback, loop = blocks("resume.md")
+    run(callback.replace("max_steps=40", "max_steps=20"))
+    space = run(callback)
+    assert space["trainer"].global_step == 40
+    assert space["best"].net[0].out_features > 2
+    first = run(loop)["grower"]
+    second = run(loop)["grower"]
+    assert (first.steps, second.steps) == (32, 64)
+    assert second.model[0].out_features > 2
+
+
+def test_distribute(tmp_path, monkeypatch):
+    callback, loop = blocks("distribute.md")
+    assert run(callback)["module"].net[0].out_features > 2
+    start = distributed.init_process_group
+    store = {"init_method": f"file://{tmp_path}/store", "rank": 0, "world_size": 1}
+    monkeypatch.setattr(distributed, "init_process_group", lambda backend: start(backend, **store))
+    try:
+        assert run(loop)["model"].module[0].out_features > 2
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_compile():
+    (loop,) = blocks("compile.md")
+    space = run(loop)
+    assert space["net"][0].out_features > 2
+    assert space["grower"].growths == 2
+
+
+def test_average():
+    callback, loop = blocks("average.md")
+    assert run(callback)["average"]._average_model.module.net[0].out_features > 2
+    space = run(loop)
+    assert space["average"].module[0].out_features == space["model"][0].out_features > 2
+
+
+def test_cli(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+    (yaml,), (command,) = blocks("cli.md", "yaml"), blocks("cli.md", "bash")
+    (tmp_path / "config.yaml").write_text(yaml)
+    quiet = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_progress_bar=false"]
+    quiet += ["--trainer.enable_model_summary=false", "--trainer.enable_checkpointing=false"]
+    by_file = cli(["fit", "--config", "config.yaml", *quiet])
+    assert by_file.policy == GrowthPolicy(["net.0"], 2, max_ratio=2.0, max_events=2, window=10, max_overhead=None)
+    assert by_file.grower.steps == 30
+    by_flag = cli([*command.split()[2:], "--trainer.max_steps=5", *quiet])
+    assert by_flag.policy.max_neurons == 2
+
+
+def cli(arguments):
+    program = LightningCLI(Module, Data, args=arguments, save_config_callback=None, seed_everything_default=0)
+    (watch,) = [callback for callback in program.trainer.callbacks if isinstance(callback, SplitWatch)]
+    return watch
+
+
+def test_every_page_is_short_and_ends_with_when_it_fails():
+    pages = sorted(page for page in PAGES.glob("*.md") if page.stem != "policies")  # longer; test_docs runs it
+    assert {f"test_{page.stem}" for page in pages} <= set(vars(sys.modules[__name__]))
+    for page in pages:
+        assert len(page.read_text().splitlines()) < 60
+        assert "**When this fails.**" in page.read_text().split("\n\n")[-1]
