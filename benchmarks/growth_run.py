@@ -147,8 +147,10 @@ class Run:
         return (time.process_time() - start) / repeats
 
 
-def execute(cell: Cell, method: str, seed: int, *, charged: bool = True) -> dict[str, Any]:
-    """One run from start to end: "fixed n" trains width n throughout, other methods grow."""
+def execute(
+    cell: Cell, method: str, seed: int, *, charged: bool = True, after: Callable[[Run], None] | None = None
+) -> dict[str, Any]:
+    """One run from start to end: "fixed n" trains width n throughout, other methods grow; ``after`` follows growth."""
     torch.set_num_threads(1)
     start = time.process_time()
     fixed = method.startswith("fixed ")
@@ -159,6 +161,8 @@ def execute(cell: Cell, method: str, seed: int, *, charged: bool = True) -> dict
         if run.share >= 1:  # choosing the last moves took what was left
             break
         run.grow(method, wide)
+        if after is not None:
+            after(run)
     run.until(1.0)
     run.look()
     return {

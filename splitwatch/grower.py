@@ -285,7 +285,8 @@ class Grower:
             with stages("growth"):
                 parts = outcomes(self.model, plan, probe, geometry)
                 event = replace(grow(self.model, plan, self.optimizers, probe=probe), outcomes=parts)
-            follow(self.replica)
+            if self.replica is not None:
+                follow(self.replica)
             for item in self.rewarm:
                 item.begin()
             self.control = control or None

@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call, grad, jacrev
 
-from splitwatch import Grower, GrowthPolicy, Probe, SplitWatchError, classify_split, find_hidden_layers, grower
+from splitwatch import Probe, SplitWatchError, classify_split, diagnosis, find_hidden_layers
 from splitwatch.geometry import narrow
 from splitwatch.geometry.narrow import LossCurvature, narrow_verdict
 from splitwatch.geometry.penalty import weight_decay_effect
@@ -356,18 +356,15 @@ def test_frozen_parameters_do_not_count():
         narrow_verdict(model.requires_grad_(False), probe)
 
 
-def test_the_grower_asks_for_the_narrow_point_where_that_is_cheap(monkeypatch):
+def test_the_narrow_point_is_looked_at_where_that_is_cheap(monkeypatch):
     asked = []
-    monkeypatch.setattr(grower, "narrow_verdict", lambda *a, **k: asked.append(k) or narrow_verdict(*a, **k))
+    monkeypatch.setattr(diagnosis, "narrow_verdict", lambda *a, **k: asked.append(k) or narrow_verdict(*a, **k))
     x, y = data(dtype=torch.float32, n=256)
-    model = network(1, dtype=torch.float32)
-    watcher = Grower(
-        model, torch.optim.SGD(model.parameters(), 0.1), mse, GrowthPolicy(window=50), monitor_only=True, progress=False
-    )
-    assert watcher._narrow(Probe([(x, y)], mse)).kind in ("undecided", "nondegenerate_minimum", "strict_saddle")
+    model, probe = network(1, dtype=torch.float32), Probe([(x, y)], mse)
+    assert diagnosis.narrow_point(model, probe).kind in ("undecided", "nondegenerate_minimum", "strict_saddle")
     assert asked == [{"tested": True}]
-    monkeypatch.setattr(grower, "NARROW_LIMIT", 2)
-    assert watcher._narrow(Probe([(x, y)], mse)) is None
+    monkeypatch.setattr(diagnosis, "NARROW_LIMIT", 2)
+    assert diagnosis.narrow_point(model, probe) is None
     assert len(asked) == 1
 
 

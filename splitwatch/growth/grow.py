@@ -39,8 +39,8 @@ def grow(
             neurons whose incoming weights move; none of these is known without it.
 
     Returns:
-        What happened; ``drift`` is at most 1e-6 in float32, 1e-12 in float64 (2e-3 and 2e-2 where the
-        parameters are float16 and bfloat16), or growth is undone.
+        What happened; ``drift`` is at most 1e-6 in float32, 1e-12 in float64 (2e-3 and 2e-2 where the parameters are
+        float16 and bfloat16), times the largest Σ|λ| of signed coefficients, or growth is undone.
 
     Raises:
         SplitWatchError: the plan does not fit the model, the function changes at zero offset, or the widened network
@@ -151,13 +151,18 @@ def _drift(model: nn.Module, plan: GrowthPlan, probe: Probe, precision: torch.dt
         ) from error
     drift = max((_relative(a, b) for a, b in zip(after, before, strict=True)), default=0.0)
     drift = largest_over_ranks(drift if isfinite(drift) else inf)  # every rank goes on, or none
-    bound = max(_DRIFT_BOUNDS[dtype] for dtype in (precision, before[0].dtype))
+    bound = max(_DRIFT_BOUNDS[dtype] for dtype in (precision, before[0].dtype)) * _amplification(plan)
     if not drift <= bound:
         raise SplitWatchError(
             f"plan: required outputs that change by at most {bound:g} (relative) at zero offset, found {drift:.2e} in "
             f"the consumers of {sorted(grown)}; the model was left as it was"
         )
     return drift
+
+
+def _amplification(plan: GrowthPlan) -> float:
+    """How much larger than a neuron's own rounding that of its copies can be: the largest Σ|λ|."""
+    return max((sum(map(abs, move.coefficients)) for move in plan.moves if isinstance(move, Split)), default=1.0)
 
 
 def _relative(new: Tensor, old: Tensor) -> float:

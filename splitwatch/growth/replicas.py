@@ -63,13 +63,11 @@ def _check(replica: DistributedDataParallel) -> None:
         )
 
 
-def follow(replica: DistributedDataParallel | None) -> None:
+def follow(replica: DistributedDataParallel) -> None:
     """Let the wrapper average the gradients of the network's present parameters; every rank has to call it.
 
     The wrapper stays the object it was, with all of its settings; what is made anew is the reducer inside.
     """
-    if replica is None:
-        return
     replica._remove_autograd_hooks()
     parameters, sparse = replica._build_params_for_reducer()
     names = replica._build_debug_param_to_name_mapping(parameters)
