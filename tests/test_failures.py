@@ -1,6 +1,7 @@
 """Whatever fails while a network grows, everything is as before: to the bit, and by identity."""
 
 import copy
+import gc
 import inspect
 import io
 import signal
@@ -136,11 +137,13 @@ class Tracer:
 
     def run(self, call):
         before = sys.gettrace()
+        gc.disable()  # so that what other tests left behind does not come by
         sys.settrace(self)
         try:
             return call()
         finally:
             sys.settrace(before)
+            gc.enable()
 
 
 def fail(error):
