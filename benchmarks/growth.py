@@ -51,9 +51,11 @@ def stored(path: Path) -> list[dict[str, Any]]:
 
 
 def store(path: Path, results: Iterable[dict[str, Any]], mode: str = "a") -> None:
+    """One line a run, numbers to six digits."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    lines = (json.loads(json.dumps(result), parse_float=lambda x: float(f"{float(x):.6g}")) for result in results)
     with path.open(mode) as file:
-        file.writelines(json.dumps(result) + "\n" for result in results)
+        file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 def tasks(cells: Sequence[Cell], methods: Sequence[str], seeds: int) -> list[Key]:
