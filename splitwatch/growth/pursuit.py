@@ -21,7 +21,7 @@ from splitwatch.geometry.narrow import LossCurvature
 from splitwatch.geometry.response import GRAPH
 from splitwatch.growth.grow import widened
 from splitwatch.growth.search import Candidate, scale
-from splitwatch.growth.seedbed import THRESHOLD, Measured, Reader, Seedbed, rebalance
+from splitwatch.growth.seedbed import RIDGE, THRESHOLD, Measured, Reader, Seedbed, rebalance
 from splitwatch.precision import full_precision
 from splitwatch.probe import Probe
 from splitwatch.ranks import largest_over_ranks
@@ -38,12 +38,6 @@ ASCENT, RATE = 10, 0.1
 
 The rate falls to zero, so that the last batches do not decide. Of 5, 10 and 20 steps 10 were best for their price in
 staged training; on a single batch, at a plateau, 5 were as good as 20.
-"""
-RIDGE = 0.1
-"""Ridge on the outgoing weights relative to ‖φ‖².
-
-Features of which existing ones leave a hundredth would get a tenfold weight for what may be noise of the fitted half;
-losses after growth scattered so widely without it that some runs never recovered.
 """
 
 
@@ -125,7 +119,7 @@ def pursue(
         kept, explained = select(found := bed.measure(w), wanted)
         others = torch.ones(len(w), dtype=torch.bool, device=w.device)
         others[kept] = False
-    return Seedlings(layer, bed.readers, w[kept], found.of(kept), explained, w[others])
+    return Seedlings(layer, bed.readers, w[kept], found.of(kept), explained, w[others][: wanted - len(kept)])
 
 
 def _room(model: nn.Module, layer: HiddenLayer, probe: Probe, max_bytes: int) -> int:
@@ -153,7 +147,7 @@ def candidates(bed: Seedbed, geometry: LayerGeometry | None, seed: int) -> Tenso
 
 
 def ascend(bed: Seedbed, w: Tensor) -> Tensor:
-    """Incoming weights after stochastic gradient ascent on log ‖g‖²/‖φ⊥‖², (k', d)."""
+    """Incoming weights after stochastic gradient ascent on log ‖g‖²/(‖φ⊥‖² + ridge), (k', d)."""
     size = w.norm(dim=1, keepdim=True) / w.shape[1] ** 0.5
     place = torch.nn.Parameter(w / torch.where(size > 0, size, 1))
     optimizer = torch.optim.Adam([place], lr=RATE)

@@ -34,6 +34,13 @@ from splitwatch.records import GrowthPlan, HiddenLayer, Sprout
 RESOLUTION = 1e-6
 """Eigenvalues of the existing features' correlations that count as zero, relative to the largest."""
 
+RIDGE = 0.1
+"""Ridge on the outgoing weights relative to ‖φ‖².
+
+Features of which existing ones leave a hundredth would get a tenfold weight for what may be noise of the fitted half;
+losses after growth scattered so widely without it that some runs never recovered.
+"""
+
 THRESHOLD = 1e-3
 """Share of ‖φ‖² that has to be left in ‖φ⊥‖² for a neuron to count as new."""
 
@@ -162,21 +169,20 @@ class Seedbed:
         return Measured(gain - cross @ self.known, gram.diagonal(), gram - cross @ combination, combination)
 
     def slope(self, w: Tensor) -> Tensor:
-        """The gradient of log ‖g‖²/‖φ⊥‖² in incoming weights (k', d); the graphs of all batches are kept for it.
+        """The gradient of log ‖g‖²/(‖φ⊥‖² + ρ‖φ‖²) in incoming weights (k', d), ρ the ridge.
 
-        ‖φ⊥‖² = ‖φ‖² − cᵀG⁺c, so its gradient is that of ‖φ‖² − 2 aᵀc with the combination a = G⁺c held fixed.
+        ‖φ⊥‖² = ‖φ‖² − cᵀG⁺c, so its gradient is that of ‖φ‖² − 2 aᵀc with the combination a = G⁺c held fixed. Without
+        the ridge it would lead to features that are hardly new. The graphs of all batches are kept for it.
         """
-        tiny = torch.finfo(torch.float64).tiny
         with torch.enable_grad():
             leaf = w.detach().requires_grad_()
             gain, square, cross = self._moments(leaf, pairs=False)
-            total, known = [summed(part.detach().double()) for part in (gain, square, cross)], self.known
-            a = total[2] @ self.inverse
-            left = (total[1] - (total[2] * a).sum(1)).clamp(min=tiny)
-            g = total[0] - total[2] @ known
-            towards = (2 * g / g.square().sum(1, keepdim=True).clamp(min=tiny)).to(w)
-            fixed, less = (2 * a / left[:, None]).to(w), towards @ known.T.to(w)
-            value = (towards * gain).sum() - (less * cross).sum() - (square / left.to(w)).sum() + (fixed * cross).sum()
+            g, norm, c = (summed(part.detach().double()) for part in (gain, square, cross))
+            a, g = c @ self.inverse, g - c @ self.known
+            left = (norm - (c * a).sum(1)).clamp(min=0) + RIDGE * norm  # one batch is not what G was measured on
+            towards, less = (2 * g / g.square().sum(1, keepdim=True)).to(w), (1 / left).to(w)
+            toward_old = (2 * a / left[:, None] - towards.double() @ self.known.T).to(w)
+            value = (towards * gain).sum() + (toward_old * cross).sum() - (1 + RIDGE) * (square * less).sum()
             return summed(torch.autograd.grad(value, leaf)[0])
 
     def _moments(self, w: Tensor, pairs: bool) -> tuple[Tensor, Tensor, Tensor]:
