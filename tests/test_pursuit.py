@@ -15,7 +15,7 @@ from splitwatch.growth import mixture, pursuit
 from splitwatch.growth.grow import count_parameters, widened
 from splitwatch.growth.pursuit import ascend, candidates, pursue, select, sized
 from splitwatch.growth.search import searched
-from splitwatch.growth.seedbed import THRESHOLD, Seedbed, rebalance
+from splitwatch.growth.seedbed import RIDGE, THRESHOLD, Seedbed, rebalance
 from splitwatch.records import GrowthPlan, Split, Sprout, UnsupportedLayerError
 
 torch.set_num_threads(1)
@@ -142,7 +142,7 @@ def test_the_slope_of_the_score_is_that_of_finite_differences(name, layer_name):
 
     def log_score(size):
         found = bed.measure(w + size * along)
-        return (found.gain.square().sum(1) / found.left.diagonal()).log()
+        return (found.gain.square().sum(1) / (found.left.diagonal() + RIDGE * found.norm)).log()
 
     expected = (log_score(1e-6) - log_score(-1e-6)) / 2e-6
     assert torch.allclose((bed.slope(w) * along).sum(1), expected, rtol=1e-3, atol=1e-4)
@@ -191,9 +191,10 @@ def test_ascent_raises_scores(name):
     for layer in growable(model, probe):
         bed = Seedbed(model, layer, probe, 10, BYTES)
         w = candidates(bed, None, 0)
-        found = [bed.measure(w).scores, bed.measure(ascend(bed, w)).scores]
-        before, after = (scores[found[0] > 0].log().mean() for scores in found)
-        assert after > before
+        found = [bed.measure(w), bed.measure(ascend(bed, w))]
+        before, after = (x.gain.square().sum(1) / (x.left.diagonal() + RIDGE * x.norm) for x in found)
+        able = before > 0  # not those that are dead on every sample
+        assert (after[able] / before[able]).log().mean() > 0
 
 
 def test_every_step_of_the_ascent_takes_another_batch():
@@ -216,7 +217,7 @@ def test_new_neurons_have_a_ridge_on_their_outgoing_weights():
     model, probe = settled(outputs=2)
     found = pursue(model, only(model, probe, "0"), probe, 3, max_bytes=BYTES)
     outgoing = torch.stack([move.outgoing for move in found.sprouts()])
-    slope = found.measured.gain + (found.measured.left + pursuit.RIDGE * found.measured.norm.diag()) @ outgoing
+    slope = found.measured.gain + (found.measured.left + RIDGE * found.measured.norm.diag()) @ outgoing
     assert torch.allclose(slope, torch.zeros_like(slope), atol=1e-12)
 
 

@@ -1,11 +1,13 @@
 """Residual pursuit: new neurons whose features explain most of what the loss still wants from a layer.
 
-Candidates are scored by ‖g‖²/‖φ⊥‖² on one batch, the best are improved by stochastic gradient ascent, as training would,
-then put in order, each against what those before it leave (orthogonal matching pursuit, Pati, Rezaiifar &
+Candidates are scored by ‖g‖²/‖φ⊥‖² on one batch, the best are improved by stochastic gradient ascent, as training
+would, then put in order, each against what those before it leave (orthogonal matching pursuit, Pati, Rezaiifar &
 Krishnaprasad 1993), on all batches. Their outgoing weights V minimise g·V + ½ VᵀQV with the new features' Gram matrix Q
 and a ridge; the loss's exact second derivative along V, with what V changes in the existing weights, sets the length.
-The whole costs some tens of training steps. Related: GradMax (Evci et al. 2022) and TINY (Verbockhaven et al. 2024) choose new neurons by the same
-residual, from what is linear in the layer's input.
+The whole costs some tens of training steps.
+
+Related: GradMax (Evci et al. 2022) and TINY (Verbockhaven et al. 2024) choose new neurons by the same residual, from
+what is linear in the layer's input.
 """
 
 from __future__ import annotations
@@ -28,9 +30,9 @@ from splitwatch.ranks import largest_over_ranks
 from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, Sprout
 
 POOL, MOST = 2, 512
-"""Candidates tried in a layer, relative to the neurons wanted, and the most of them; twice as many gained nothing."""
-LEAST, KEPT = 64, 16
-"""Fewest candidates: where few neurons are wanted they have to be chosen well."""
+"""Candidates tried in a layer, relative to the neurons wanted, and the most; twice as many gained nothing."""
+LEAST, KEPT = 32, 16
+"""Fewest candidates, and fewest of them that are improved: where few neurons are wanted there has to be a choice."""
 REACHES = (0.3, 1.0)
 """Finite steps along split directions among the candidates, relative to the norm of the incoming weights."""
 ASCENT, RATE = 10, 0.1

@@ -151,8 +151,8 @@ def _best(
 ) -> tuple[float, float, tuple[tuple[float, float], ...]]:
     """The size whose plan decreases the fitted loss most, by how much, and what was tried, by size.
 
-    From a size in the middle it goes on, by halves or doubles, while the decrease grows. Only where nothing pays on that
-    way all ``sizes`` are tried: far away the loss may rise on either side, while a small step would descend.
+    From a size in the middle it goes on, by halves or doubles, while the decrease grows. Only where nothing pays on
+    that way all ``sizes`` are tried: far away the loss may rise on either side, while a small step would descend.
     """
     tried: dict[float, float] = {}
 
