@@ -17,7 +17,6 @@ from statistics import median
 
 import torch
 from growth_cells import BY_NAME, CELLS, Cell
-from growth_lean import BYTES
 from growth_run import Run, mean
 from scipy.stats import spearmanr
 
@@ -31,6 +30,7 @@ from splitwatch.precision import full_precision
 from splitwatch.records import GrowthPlan, HiddenLayer, Split, Sprout
 
 SPROUTS, SPLITS = 40, 20
+BYTES = 2**30
 
 
 def sprouts(run: Run, layer: HiddenLayer, probe: Probe, count: int) -> Iterator[Sprout]:
@@ -41,7 +41,7 @@ def sprouts(run: Run, layer: HiddenLayer, probe: Probe, count: int) -> Iterator[
         found = bed.measure(w)
     for i in range(count):
         at = torch.tensor([i])
-        alone = Seedlings(layer, bed.readers, w[at], found.of(at), found.scores[at])
+        alone = Seedlings(layer, bed.readers, w[at], found.of(at), found.scores[at], w[:0])
         yield from sized(run.model, [layer], alone.sprouts(), probe)
 
 

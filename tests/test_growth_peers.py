@@ -55,7 +55,6 @@ def test_silent_neurons_and_copies_keep_the_function(bench, site):
         bench("growth_site").random_new(site, layer, 3),
         peers.net2wider(site, layer, 3, noise=0.0),
         peers.gradmax(site, layer, 3),
-        bench("growth_lean").Lean(steps=(0.0,))(site).moves,
     ):
         assert sum(move.added for move in moves) == 3
         assert after(site, moves) == pytest.approx(before, rel=1e-6)
@@ -130,7 +129,7 @@ def test_firefly_scores_add_up_to_the_change_of_the_loss(bench, site):
     assert float(candidates.scores().sum()) == pytest.approx(trained - site.probe.loss(site.model), rel=1e-2)
 
 
-@pytest.mark.parametrize("name", [*PEERS, "lean"])
+@pytest.mark.parametrize("name", [*PEERS, "splitwatch"])
 @pytest.mark.parametrize("kind", ["convolutions", "transformer"])
 def test_every_method_widens_every_network(bench, name, kind):
     models = bench("growth_models")

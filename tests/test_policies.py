@@ -1,14 +1,13 @@
 """What growth consists of under each policy, against dense Hessians, brute search and counts by hand."""
 
 import copy
-import itertools
 from dataclasses import replace
 
 import pytest
 import torch
 from test_growth import dense_hessian, growable, inner_spectra, mse, scalar_net
 from test_growth import split as split_at_zero
-from test_pursuit import deep
+from test_pursuit import deep, settled
 from torch import nn
 from zoo import ZOO
 
@@ -18,6 +17,7 @@ from splitwatch import (
     Probe,
     Split,
     SplitWatchError,
+    Sprout,
     count_flops,
     grow,
     measure_geometry,
@@ -25,6 +25,7 @@ from splitwatch import (
 )
 from splitwatch.growth import pursuit, search
 from splitwatch.growth.cost import duplicate, prices
+from splitwatch.growth.even import PARTS, _splits
 from splitwatch.growth.grow import count_parameters, widened
 from splitwatch.growth.plan import split_candidates
 from splitwatch.growth.policy import MOVES
@@ -239,10 +240,32 @@ def test_even_widens_every_layer_by_the_ratio(name, ratio):
     for old, new in event.widths.values():
         assert new == int(old * ratio + 0.5)
     assert event.realised_fitted == pytest.approx(plan.fitted_decrease, rel=1e-9)
-    if "copies part by the least" in plan.reason:  # the function is kept but for it
-        assert probe.loss(model) == pytest.approx(before, rel=1e-3)
+    if "copies part by the least" in plan.reason or "no outgoing weights yet" in plan.reason:
+        assert probe.loss(model) == pytest.approx(before, rel=1e-3)  # the function is kept, but for the least offset
     else:
         assert plan.held_out_decrease > 0
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv+bn", "inverted bottleneck"])
+def test_even_needs_no_geometry(name):
+    model, probe = ZOO[name].make()
+    plan = plan_growth(model, {}, probe, GrowthPolicy(moves="even", max_ratio=2.0))
+    kinds = {type(move) for move in plan.moves}
+    assert kinds == {Split} if name == "inverted bottleneck" else kinds == {Sprout}
+    growing = [layer for layer in growable(model, probe) if layer.growable]
+    assert grow(model, plan, probe=probe).widths == {x.name: (x.width, 2 * x.width) for x in growing}
+
+
+def test_even_takes_the_part_of_the_solved_step_that_the_held_out_half_prefers():
+    model, probe = settled(n=400)
+    plan = plan_growth(model, {}, probe, GrowthPolicy(moves="even"))
+    assert plan.step in PARTS
+    assert plan.step
+    losses = {}
+    for part in PARTS:
+        with widened(model, replace(plan, moves=tuple(search.scale(move, part / plan.step) for move in plan.moves))):
+            losses[part] = probe.loss(model, "held_out")
+    assert plan.step == min(losses, key=lambda part: losses[part])
 
 
 def test_even_has_a_plan_where_nothing_is_to_be_gained():
@@ -256,7 +279,7 @@ def test_even_has_a_plan_where_nothing_is_to_be_gained():
     assert not plan_growth(model, geometry, probe, GrowthPolicy(max_ratio=3))
     plan = plan_growth(model, geometry, probe, GrowthPolicy(moves="even"))
     assert sum(move.added for move in plan.moves) == 4
-    assert "no size of the moves pays on the held-out half" in plan.reason
+    assert "no outgoing weights yet: none pay on the held-out half" in plan.reason
     assert grow(model, plan, probe=probe).widths == {"0": (4, 8)}
     assert probe.loss(model, "held_out") < 1e-4
 
@@ -264,15 +287,16 @@ def test_even_has_a_plan_where_nothing_is_to_be_gained():
 def test_copies_side_by_side_are_what_was_predicted():
     """Three and more copies of a neuron: their second-order decrease is that of the loss."""
     model, _, probe, _ = deep()
-    policy = GrowthPolicy(moves="even", max_ratio=6.0)
-    plan = plan_growth(model, measure_geometry(model, probe), probe, policy)
+    geometry, layers = measure_geometry(model, probe), growable(model, probe)
+    plan = replace(plan_of(layers), moves=tuple(_splits(model, layers[0], geometry, probe, {layers[0].name: 20})))
+    assert sum(move.added for move in plan.moves) == 20
     move = next(move for move in plan.moves if isinstance(move, Split) and len(move.coefficients) > 2)
     assert len({tuple(row) for row in move.in_offset.tolist()}) == len(move.coefficients)
-    alone, before, falls = replace(plan, moves=(move,)), probe.loss(model, "fitted"), []
+    alone, before, falls, size = replace(plan, moves=(move,)), probe.loss(model, "fitted"), [], 2.0**-6
     for sign in (1, -1):
-        with widened(model, replace(alone, moves=(search.stretch(move, sign * 0.5),))):
+        with widened(model, replace(alone, moves=(search.stretch(move, sign * size),))):
             falls.append(before - probe.loss(model, "fitted"))
-    assert sum(falls) / 2 == pytest.approx(move.predicted_decrease / 4, rel=0.05)
+    assert sum(falls) / 2 == pytest.approx(move.predicted_decrease * size**2, rel=0.05)
 
 
 # --- a chooser of the user's own -------------------------------------------------------------------------------------
@@ -411,30 +435,50 @@ def test_a_grower_follows_every_policy_and_reports_it(moves):
 # --- the line search, and what ascent measures -----------------------------------------------------------------------
 
 
-def test_a_line_search_goes_on_only_where_its_end_is_best(monkeypatch):
+@pytest.mark.parametrize("reach", [0.01, 0.3, 1.0, 100.0, 1e4])
+def test_a_line_search_walks_from_the_middle_to_where_all_sizes_lead(reach):
     model, probe = ZOO["mlp"].make()
     layers, whole = growable(model, probe), search.OFFSETS
     items = split_candidates(model, layers, measure_geometry(model, probe), GrowthPolicy(moves="splits"))
-    far, near = (replace(plan_of(layers), moves=(search.stretch(items[0].move, size),)) for size in (0.01, 100.0))
-    found = search.searched(model, near, probe)
-    assert [size for size, _ in found.line_search] == list(whole)
-    found = search.searched(model, far, probe)
-    sizes, falls = [size for size, _ in found.line_search], dict(found.line_search)
-    assert sizes[: len(whole)] == list(whole)
-    assert len(whole) < len(sizes)
-    assert all(b == 2 * a for a, b in itertools.pairwise(sizes))
-    assert found.offset == max(falls, key=lambda size: falls[size])
-    assert found.offset == sizes[-2] or found.offset == sizes[-1] == search.FARTHEST
-    plain = replace(far, moves=(search.stretch(far.moves[0], found.offset),))
-    with widened(model, plain):
-        after = probe.loss(model, "fitted")
-    assert probe.loss(model, "fitted") - after == pytest.approx(found.fitted_decrease, rel=1e-12)
+    plan = replace(plan_of(layers), moves=(search.stretch(items[0].move, reach),))
+    found, before = search.searched(model, plan, probe), probe.loss(model, "fitted")
+
+    def fall(size):
+        with widened(model, replace(plan, moves=(search.stretch(plan.moves[0], size),))):
+            return before - probe.loss(model, "fitted")
+
+    sizes = [size for size, _ in found.line_search]
+    assert sizes == sorted(set(sizes))
+    assert set(sizes) <= {2.0**power for power in range(-10, 7)}
+    assert dict(found.line_search)[found.offset] == found.fitted_decrease
+    assert found.fitted_decrease == pytest.approx(fall(found.offset), rel=1e-12)
+    assert found.fitted_decrease >= max(fall(size) for size in whole)
+    assert found.offset in whole or found.offset <= search.FARTHEST
 
 
-def test_ascent_measures_each_place_once(monkeypatch):
+@pytest.mark.parametrize(("peak", "most"), [(2.0**-4, 3), (2.0**-3, 4), (2.0**-9, 8), (0.0, 14)])
+def test_a_line_search_tries_no_more_than_it_has_to(monkeypatch, peak, most):
+    """Sizes tried for a decrease that is largest at one size, and where none pays."""
+    model, probe = ZOO["mlp"].make()
+    start, sizes = probe.loss(model, "fitted"), []
+
+    def loss(model, half, finite=True):
+        size = sizes[-1]
+        return start - (2 * peak * size - size**2 if peak else -size)
+
+    monkeypatch.setattr(probe, "loss", loss)
+    at = lambda size: sizes.append(size) or plan_of(growable(model, ZOO["mlp"].make()[1]))  # noqa: E731
+    best, fall, tried = search._best(model, at, search.OFFSETS, 2.0**-4, probe, start)
+    assert len(sizes) == len(tried) <= most
+    assert best == peak or (not peak and fall < 0)
+
+
+def test_ascent_runs_each_place_once(monkeypatch):
     model, probe = ZOO["mlp"].make()
     layer, calls = growable(model, probe)[0], []
-    measure = Seedbed.measure
-    monkeypatch.setattr(Seedbed, "measure", lambda bed, w: calls.append(1) or measure(bed, w))
+    moments = Seedbed._moments
+    monkeypatch.setattr(
+        Seedbed, "_moments", lambda *arguments, **named: calls.append(1) or moments(*arguments, **named)
+    )
     pursuit.pursue(model, layer, probe, 2, max_bytes=2**28)
     assert len(calls) == ASCENT + 2

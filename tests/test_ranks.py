@@ -153,7 +153,7 @@ def pursued(name, rank=None):
         bed = Seedbed(model, layer, probe, 5, 2**28)
         w = torch.randn(5, bed.d, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         at = bed.measure(w)
-        found[layer.name] = {**dataclasses.asdict(at), "slope": bed.slope(w, at)}
+        found[layer.name] = {**dataclasses.asdict(at), "slope": bed.slope(w)}
         found[layer.name]["room"] = pursuit._room(model, layer, probe, 2**20)
     plans = {}
     for moves in ("mixed", "sprouts", "even", "certified", "preserve"):

@@ -1,4 +1,4 @@
-"""Splits, sprouts, or half of each: plans of the same size, among which the held-out half decides."""
+"""Splits, sprouts, or half of each: plans within the same budgets, among which the held-out half decides."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from math import inf, isfinite
 from torch import Tensor, nn
 
 from splitwatch.growth.cost import fitting
-from splitwatch.growth.grow import count_parameters, widened
+from splitwatch.growth.grow import widened
 from splitwatch.growth.policy import GrowthPolicy
 from splitwatch.growth.pursuit import Seedlings, proposals, pursue, sized
 from splitwatch.growth.search import NO_ROOM, rejected, searched, within_budget
@@ -24,7 +24,9 @@ Move = Split | Sprout
 def mix(
     model: nn.Module, splits: GrowthPlan, geometry: Mapping[str, LayerGeometry], probe: Probe, policy: GrowthPolicy
 ) -> GrowthPlan:
-    """The plan of splits, or one as large with sprouts in it where that decreases the held-out loss more.
+    """The plan of splits, or one with sprouts in it where that decreases the held-out loss more.
+
+    Each may take the whole budget: that fewer neurons have a split that descends is no reason for fewer new ones.
 
     Args:
         model: the network, left as it was.
@@ -37,14 +39,14 @@ def mix(
         The best plan, with the reason; it is empty where none pays.
     """
     layers = splits.layers
-    budget = _equal_size(model, splits, policy)
+    budget = _bounded(layers, policy)
     found = _pursued(model, layers, geometry, probe, budget)
     items = proposals(model, found, probe)
     order = [move for move in within_budget(model, layers, items, probe, budget) if isinstance(move, Sprout)]
     half = len(splits.moves) // 2
     variants: dict[str, tuple[Move, ...]] = {"sprouts": _sprouts(model, found, order, probe)}
     if policy.moves == "mixed":
-        room = sum(move.added for move in splits.moves[half:])
+        room = (budget.max_neurons or 0) - sum(move.added for move in splits.moves[:half])
         variants["splits"] = splits.moves
         variants["half and half"] = (*splits.moves[:half], *_sprouts(model, found, order[:room], probe)) if half else ()
     plans = {
@@ -59,13 +61,9 @@ def mix(
     return GrowthPlan(layers, (), none)
 
 
-def _equal_size(model: nn.Module, splits: GrowthPlan, policy: GrowthPolicy) -> GrowthPolicy:
-    """Budgets that allow as much as the splits take; without splits to compare with, as many neurons as there are."""
-    if splits.moves and policy.moves == "mixed":
-        with widened(model, splits):
-            parameters = count_parameters(model)
-        return replace(policy, max_neurons=sum(move.added for move in splits.moves), max_parameters=parameters)
-    width = sum(layer.width for layer in splits.layers)
+def _bounded(layers: Sequence[HiddenLayer], policy: GrowthPolicy) -> GrowthPolicy:
+    """The policy's budgets, and at most as many new neurons as there are."""
+    width = sum(layer.width for layer in layers)
     return replace(policy, max_neurons=width if policy.max_neurons is None else min(width, policy.max_neurons))
 
 
@@ -76,11 +74,10 @@ def _pursued(
     probe: Probe,
     policy: GrowthPolicy,
 ) -> list[Seedlings]:
-    """New neurons for every layer that can hold some."""
-    able = [layer for layer in layers if holds_sprouts(layer)]
-    wanted = policy.max_neurons or 0
-    found = (pursue(model, x, probe, wanted, geometry.get(x.name), max_bytes=policy.max_bytes) for x in able)
-    return list(found) if wanted else []
+    """New neurons for every layer that can hold some, at most as many as it has."""
+    most = policy.max_neurons or 0
+    able = [(layer, min(layer.width, most)) for layer in layers if most and holds_sprouts(layer)]
+    return [pursue(model, x, probe, n, geometry.get(x.name), max_bytes=policy.max_bytes) for x, n in able]
 
 
 def holds_sprouts(layer: HiddenLayer) -> bool:

@@ -32,12 +32,12 @@ def plan_growth(
     split by second order (predicted change ½ ε² λ_min of the escape operator); those that descend on the held-out half
     too compete for the budgets by predicted decrease per parameter, neuron or operation. One relative offset for all is
     found by line search on the fitted half and must pay on the held-out half. Signed coefficients cost later training,
-    so "auto" turns to them only where equal ones let no neuron descend. By "mixed" a plan of as many sprouts
-    (``growth.pursuit``) and one of half of each compete with the splits on the held-out half.
+    so "auto" turns to them only where equal ones let no neuron descend. By "mixed" a plan of sprouts
+    (``growth.pursuit``) and one of half of each compete with the splits on the held-out half, within the same budgets.
 
     Args:
         model: the network, left as it was.
-        geometry: what ``measure_geometry`` returned for it.
+        geometry: what ``measure_geometry`` returned for it; "even" moves do without, ``{}``.
         probe: the batches the geometry was measured on.
         policy: budgets and coefficients.
         layers: what ``find_hidden_layers`` found, where that is at hand; it is found again otherwise.
@@ -50,13 +50,15 @@ def plan_growth(
     """
     policy = policy or GrowthPolicy()
     found = find_hidden_layers(model, probe) if layers is None else layers
-    layers = select_layers(found, list(policy.layers or geometry))
-    measured = {layer.name: _of(geometry, layer) for layer in layers}
+    even = policy.moves == "even"
+    names = policy.layers or ([*geometry] or None if even else geometry)
+    layers = select_layers(found, None if names is None else list(names))
+    measured = {layer.name: _of(geometry, layer) for layer in layers if not even or layer.name in geometry}
     if policy.chooser:
         return plan_chosen(model, measured, probe, policy, layers)
     if policy.moves == "preserve":
         return plan_preserving(model, measured, probe, policy, layers)
-    if policy.moves == "even":
+    if even:
         return plan_even(model, measured, probe, policy, layers)
     plan = _splits(model, measured, probe, policy, layers)
     if policy.moves in {"mixed", "sprouts"}:

@@ -35,14 +35,14 @@ class GrowthPolicy:
         coefficients: "auto" splits equally, and by signed coefficients where equal ones let no neuron descend; "equal",
             "signed"; or the coefficients themselves, k numbers that sum to 1.
         moves: what growth consists of; docs/how-to/policies.md says when to choose which.
-            "mixed": splits, as many new neurons found by residual pursuit ("sprouts"), or half of each, whichever
-            decreases the loss most on the held-out half. For training as usual.
+            "mixed": splits, new neurons found by residual pursuit ("sprouts"), or half of the splits and sprouts, as
+            far as the budgets go, whichever decreases the loss most on the held-out half. For training as usual.
             "splits", "sprouts": only these.
             "certified": splits only, of neurons whose split is a strict saddle up to the confidence bounds of what was
             measured. Where every move has to be justified by the theory.
             "preserve": splits without offsets into coefficients for which a minimum stays one; none where the plateau
             has none. To widen now and to move later.
-            "even": all layers by ``max_ratio``, whether it helps now or not. For schedules.
+            "even": all layers by ``max_ratio``, whether it helps now or not, without geometry. For schedules.
             "module:function", or a function: a chooser of your own, ``chooser(model, geometry, probe, policy, layers)``
             returning moves, which are made as they are as far as the budgets go.
         cap: bound on Σ|λ| of signed coefficients; long negative coefficients lead to ever sharper regions.

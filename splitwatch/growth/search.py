@@ -100,7 +100,8 @@ def searched(model: nn.Module, plan: GrowthPlan, probe: Probe) -> GrowthPlan:
         def parted(offset: float) -> GrowthPlan:
             return replace(plan, moves=tuple(stretch(move, offset) for move in splits))
 
-        offset, fitted, tried = _best(model, parted, [s * size for size in OFFSETS for s in signs], probe, start)
+        sizes = [sign * size for size in OFFSETS for sign in signs]
+        offset, fitted, tried = _best(model, parted, sizes, OFFSETS[len(OFFSETS) // 2], probe, start)
         found = replace(parted(offset), offset=offset, fitted_decrease=fitted, line_search=tried)
     if sprouts:
         before = found
@@ -108,7 +109,7 @@ def searched(model: nn.Module, plan: GrowthPlan, probe: Probe) -> GrowthPlan:
         def advanced(step: float) -> GrowthPlan:
             return replace(before, moves=(*before.moves, *(advance(move, step) for move in sprouts)))
 
-        step, fitted, tried = _best(model, advanced, STEPS, probe, start)
+        step, fitted, tried = _best(model, advanced, STEPS, 1.0, probe, start)
         found = replace(advanced(step), step=step, fitted_decrease=fitted, step_search=tried)
     return replace(found, predicted_decrease=sum(move.predicted_decrease for move in found.moves))
 
@@ -141,27 +142,34 @@ def rejected(plan: GrowthPlan, reason: str) -> GrowthPlan:
 
 
 def _best(
-    model: nn.Module, at: Callable[[float], GrowthPlan], sizes: Sequence[float], probe: Probe, start: float
+    model: nn.Module,
+    at: Callable[[float], GrowthPlan],
+    sizes: Sequence[float],
+    middle: float,
+    probe: Probe,
+    start: float,
 ) -> tuple[float, float, tuple[tuple[float, float], ...]]:
-    """The size whose plan decreases the fitted loss most, by how much, and everything that was tried.
+    """The size whose plan decreases the fitted loss most, by how much, and what was tried, by size.
 
-    Where the largest size of a sign is the best, twice as much is tried, until that is no better, or too far.
+    From a size in the middle it goes on, by halves or doubles, while the decrease grows. Only where nothing pays on
+    that way all ``sizes`` are tried: far away the loss may rise on either side, while a small step would descend.
     """
+    tried: dict[float, float] = {}
 
     def decrease(size: float) -> float:
-        with widened(model, at(size)):
-            return start - probe.loss(model, "fitted", finite=False)
+        if size not in tried:
+            with widened(model, at(size)):
+                tried[size] = start - probe.loss(model, "fitted", finite=False)
+        return tried[size] if isfinite(tried[size]) else -inf
 
-    def best() -> float:
-        return max(tried, key=lambda size: tried[size] if isfinite(tried[size]) else -inf)
-
-    tried = {size: decrease(size) for size in sizes}
-    reach = max(sizes)
-    while abs(best()) == reach < FARTHEST:
-        reach *= 2
-        size = reach if best() > 0 else -reach
-        tried[size] = decrease(size)
-    return best(), tried[best()], tuple(tried.items())
+    least, most = min(map(abs, sizes)), max(FARTHEST, *sizes)
+    size = max((size for size in sizes if abs(size) == middle), key=decrease)
+    factor = max((0.5, 2.0), key=lambda factor: decrease(size * factor))
+    while least <= abs(size * factor) <= most and decrease(size * factor) > decrease(size):
+        size *= factor
+    if not decrease(size) > 0:
+        size = max(sizes, key=decrease)
+    return size, tried[size], tuple(sorted(tried.items()))
 
 
 def _sign_matters(move: Split) -> bool:

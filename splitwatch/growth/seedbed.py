@@ -18,6 +18,7 @@ reads several positions of a neuron (a kernel's offsets, flattened images), they
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,6 +33,13 @@ from splitwatch.records import GrowthPlan, HiddenLayer, Sprout
 
 RESOLUTION = 1e-6
 """Eigenvalues of the existing features' correlations that count as zero, relative to the largest."""
+
+RIDGE = 0.1
+"""Ridge on the outgoing weights relative to ‖φ‖².
+
+Features of which existing ones leave a hundredth would get a tenfold weight for what may be noise of the fitted half;
+losses after growth scattered so widely without it that some runs never recovered.
+"""
 
 THRESHOLD = 1e-3
 """Share of ‖φ‖² that has to be left in ‖φ⊥‖² for a neuron to count as new."""
@@ -114,12 +122,15 @@ class Seedbed:
         probe: its fitted half is measured on.
         count: k.
         max_bytes: what may be kept of the traces; batches beyond it are left out.
+        most: so many batches of each rank at most.
 
     Raises:
         UnsupportedLayerError: the layer cannot hold new neurons (a depthwise convolution needs a kernel for each).
     """
 
-    def __init__(self, model: nn.Module, layer: HiddenLayer, probe: Probe, count: int, max_bytes: int) -> None:
+    def __init__(
+        self, model: nn.Module, layer: HiddenLayer, probe: Probe, count: int, max_bytes: int, most: int | None = None
+    ) -> None:
         incoming, outgoing = neuron_weights(model, layer)
         self.layer, self.count, self.incoming = layer, count, incoming
         self.d, self.c = incoming.shape[1], outgoing.shape[1]
@@ -129,53 +140,64 @@ class Seedbed:
         with widened(model, plan):
             for traces in probe.traces(model, [wide], "fitted"):
                 self.beds.append(self._bed(traces[layer.name]))
-                if sum(bed.nbytes for bed in self.beds) * (1 + 1 / len(self.beds)) > max_bytes:
+                full = sum(bed.nbytes for bed in self.beds) * (1 + 1 / len(self.beds)) > max_bytes
+                if full or len(self.beds) == most:
                     break
         maps = zip(layer.consumers, self.beds[0].trace.consumers, strict=True)
         shapes = [(where.stride, x.weight_shape, x.has_bias) for where, x in maps]
         self.readers = tuple(Reader(n * shape[0] * shape[2:].numel(), shape[0], bias) for n, shape, bias in shapes)
-        seen = summed_number(sum(bed.trace.size for bed in self.beds))
-        self.beds = [replace(bed, share=bed.trace.size / seen) for bed in self.beds]
+        self.beds = _shared(self.beds)
         gram = sum(_weight(bed) * bed.features.double().T @ bed.features.double() for bed in self.beds)
         self.inverse = _pseudo_inverse(summed(torch.as_tensor(gram)))
         slope = summed(torch.as_tensor(sum(bed.share * bed.gain.double() for bed in self.beds)))
         self.known = self.inverse @ slope  # what the existing weights would do about their own slope, (b, c)
 
+    def at(self, step: int) -> Seedbed:
+        """The same with one batch of each rank, another at every step; what existing features span stays as it is."""
+        one = copy(self)
+        one.beds = _shared([self.beds[step % len(self.beds)]])
+        return one
+
     def measure(self, w: Tensor, *, pairs: bool = True) -> Measured:
         """Gains and Gram matrices of neurons with incoming weights (k', d), k' ≤ k; without ``pairs`` diagonal ones."""
-        k, b = len(w), len(self.inverse)
-        gain, gram, cross = (torch.zeros(k, n, dtype=torch.float64, device=w.device) for n in (self.c, k, b))
         with torch.no_grad():
-            for bed in self.beds:
-                blocks = self._read(bed.trace, bed.standing, w)
-                gain += bed.share * outgoing_gradient(bed.trace, blocks)[:k].double()
-                phi, weight = _rows(bed.trace, blocks)[:, :k].double(), _weight(bed)
-                gram += weight * (phi.T @ phi if pairs else phi.square().sum(0).diag())
-                cross += weight * phi.T @ bed.features.double()
-        gain, gram, cross = (summed(part) for part in (gain, gram, cross))
+            gain, gram, cross = (summed(part.double()) for part in self._moments(w, pairs))
         combination = self.inverse @ cross.T
-        explained = cross @ combination if pairs else (cross * combination.T).sum(1).diag()
-        return Measured(gain - cross @ self.known, gram.diagonal(), gram - explained, combination)
+        if not pairs:
+            left = (gram - (cross * combination.T).sum(1)).diag()
+            return Measured(gain - cross @ self.known, gram, left, combination)
+        return Measured(gain - cross @ self.known, gram.diagonal(), gram - cross @ combination, combination)
 
-    def slope(self, w: Tensor, at: Measured) -> Tensor:
-        """The gradient of log ‖g‖²/‖φ⊥‖² in incoming weights (k', d); ``at`` is what was measured there.
+    def slope(self, w: Tensor) -> Tensor:
+        """The gradient of log ‖g‖²/(‖φ⊥‖² + ρ‖φ‖²) in incoming weights (k', d), ρ the ridge.
 
-        By the envelope theorem the combination of existing features may be held fixed.
+        ‖φ⊥‖² = ‖φ‖² − cᵀG⁺c, so its gradient is that of ‖φ‖² − 2 aᵀc with the combination a = G⁺c held fixed. Without
+        the ridge it would lead to features that are hardly new. The graphs of all batches are kept for it.
         """
-        left = at.left.diagonal().clamp(min=torch.finfo(torch.float64).tiny)
-        norm = at.gain.square().sum(1).clamp(min=torch.finfo(torch.float64).tiny)
-        towards, total = (2 * at.gain / norm[:, None]).to(w), torch.zeros_like(w)
+        with torch.enable_grad():
+            leaf = w.detach().requires_grad_()
+            gain, square, cross = self._moments(leaf, pairs=False)
+            g, norm, c = (summed(part.detach().double()) for part in (gain, square, cross))
+            a, g = c @ self.inverse, g - c @ self.known
+            left = (norm - (c * a).sum(1)).clamp(min=0) + RIDGE * norm  # one batch is not what G was measured on
+            towards, less = (2 * g / g.square().sum(1, keepdim=True)).to(w), (1 / left).to(w)
+            toward_old = (2 * a / left[:, None] - towards.double() @ self.known.T).to(w)
+            value = (towards * gain).sum() + (toward_old * cross).sum() - (1 + RIDGE) * (square * less).sum()
+            return summed(torch.autograd.grad(value, leaf)[0])
+
+    def _moments(self, w: Tensor, pairs: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """This rank's part of ∂L/∂v (k', c), of φᵀφ (k', k') or its diagonal, and of φᵀ with existing features."""
+        parts = []
         for bed in self.beds:
-            with torch.enable_grad():
-                leaf = w.detach().requires_grad_()
-                blocks = self._read(bed.trace, bed.standing, leaf)
-                phi = _rows(bed.trace, blocks)[:, : len(w)]
-                gain = bed.share * outgoing_gradient(bed.trace, blocks)[: len(w)]
-                gain = gain - _weight(bed) * phi.T @ (bed.features @ self.known.to(w))
-                new = phi - bed.features @ at.combination.to(w)
-                value = (towards * gain).sum() - _weight(bed) * (new.square().sum(0) / left.to(w)).sum()
-                total += torch.autograd.grad(value, leaf)[0]
-        return summed(total)
+            blocks = self._read(bed.trace, bed.standing, w)
+            phi, weight = _rows(bed.trace, blocks)[:, : len(w)], _weight(bed)
+            gain, old = bed.share * outgoing_gradient(bed.trace, blocks)[: len(w)], bed.features
+            if pairs:
+                gain, phi, old = gain.double(), phi.double(), old.double()
+            square = phi.T @ phi if pairs else phi.square().sum(0)
+            parts.append((gain, weight * square, weight * phi.T @ old))
+        gain, square, cross = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))
+        return gain, square, cross
 
     def fitted_to_data(self, w: Tensor, where: Tensor) -> Tensor:
         """Directions (k', d) scaled so that pre-activations spread like existing neurons', with biases at a sample.
@@ -247,6 +269,12 @@ def _ones_in(trace: LayerTrace, blocks: Sequence[Tensor], which: int) -> list[Te
         one = block.narrow(consumer.channel_axis, 0, where.stride)
         found.append(torch.ones_like(one) if i == which else torch.zeros_like(one))
     return found
+
+
+def _shared(beds: Sequence[_Bed]) -> list[_Bed]:
+    """Batches that count with their shares of the samples of all ranks' batches."""
+    seen = summed_number(sum(bed.trace.size for bed in beds))
+    return [replace(bed, share=bed.trace.size / seen) for bed in beds]
 
 
 def _weight(bed: _Bed) -> float:
