@@ -33,7 +33,7 @@ from tqdm import tqdm
 from splitwatch import GrowthPlan, Probe, Split, find_hidden_layers, grow, measure_geometry
 from splitwatch.geometry.dense import layer_curvature
 
-TOLERANCE = 1e-4  # float32 against float64
+TOLERANCE = 1e-3  # float32 against float64, both stopped at the solver's default tolerance
 MISSED = 1e-3  # share of the values that may deviate by more
 DRIFT = 1e-6
 PRECISIONS = {"float32": None, "autocast bfloat16": torch.bfloat16, "autocast float16": torch.float16}

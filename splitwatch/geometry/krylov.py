@@ -235,7 +235,8 @@ def _project_out(images: Tensor, basis: Tensor) -> Tensor:
 def _eigh(matrices: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Eigenpairs of many small matrices on the CPU, found on the device where it takes all of them at once."""
     if device.type == "cpu":
-        return tuple(torch.linalg.eigh(matrices))
+        values, vectors = torch.linalg.eigh(matrices)
+        return values, vectors
     if matrices.shape[1] <= _BATCHED:
         values, vectors = torch.linalg.eigh(matrices.to(device))
         return values.cpu(), vectors.cpu()
