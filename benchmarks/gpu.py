@@ -4,9 +4,10 @@
     python benchmarks/gpu.py --device cpu --quick   # the same code on a CPU, in seconds
 
 Every network is measured as trained in float32, under autocast to bfloat16 and under autocast to float16, with TF32 as
-training often has it. Values are compared with those measured in float64 on the CPU, on a smaller probe: the largest
-deviation relative to the largest value of its kind. Exit status 1 where one deviates by more than ``TOLERANCE`` or the
-function drifts at growth by more than ``DRIFT``.
+training often has it. Values are compared with those measured in float64 on the CPU, on a smaller probe: deviations
+relative to the largest value of its kind. From a random start one end in a thousand may be missed for its neighbour, in
+either measurement, so the one value in a thousand that deviates most is shown beside the others, not among them. Exit
+status 1 where another deviates by more than ``TOLERANCE`` or the function drifts at growth by more than ``DRIFT``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from math import ceil
 from statistics import median
 
 import torch
@@ -31,7 +33,8 @@ from tqdm import tqdm
 from splitwatch import GrowthPlan, Probe, Split, find_hidden_layers, grow, measure_geometry
 from splitwatch.geometry.dense import layer_curvature
 
-TOLERANCE = 2e-3  # float32 against float64, at the solver's default tolerance
+TOLERANCE = 1e-3  # float32 against float64, both stopped at the solver's default tolerance
+MISSED = 1e-3  # share of the values that may deviate by more
 DRIFT = 1e-6
 PRECISIONS = {"float32": None, "autocast bfloat16": torch.bfloat16, "autocast float16": torch.float16}
 
@@ -121,6 +124,7 @@ class Row:
     geometry: float
     peak: int
     deviation: float
+    worst: float
     drift: float
 
 
@@ -132,7 +136,7 @@ def row(setup: Setup, precision: str, reference: dict[str, Tensor], device: torc
     small = Probe(setup.data(setup.checked, device, torch.float32), loss)
     optimizer = torch.optim.Adam(model.parameters())
     scaler = torch.amp.GradScaler(device.type, enabled=half is torch.float16)
-    deviation = largest_deviation(values(model, small), reference)
+    worst = largest_deviations(values(model, small), reference)
     layers = [layer for layer in find_hidden_layers(model, probe) if layer.growable]
     curvature = layer_curvature(model, layers[0], probe, "fitted")
     direction = torch.randn(curvature.layer.width, curvature.d, device=device)
@@ -143,7 +147,7 @@ def row(setup: Setup, precision: str, reference: dict[str, Tensor], device: torc
     peak = peak_bytes(device)
     drift = drift_at_growth(copy.deepcopy(model), small)
     step = milliseconds(partial(training_step, model, optimizer, scaler, loss, probe.fitted[0]), device, repeats)
-    return Row(setup.name, precision, step, product, geometry, peak, deviation, drift)
+    return Row(setup.name, precision, step, product, geometry, peak, worst[-1], worst[0], drift)
 
 
 def training_step(model, optimizer, scaler, loss, batch) -> None:
@@ -187,9 +191,11 @@ def values(model: nn.Module, probe: Probe) -> dict[str, Tensor]:
     return {f"{name} {f}": getattr(layer, f).detach().double().cpu() for name, layer in found.items() for f in fields}
 
 
-def largest_deviation(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+def largest_deviations(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[float]:
+    """The largest deviations, in descending order: one for every value that may be missed, and the next."""
     assert found.keys() == expected.keys()
-    return max(float((found[key] - expected[key]).abs().max() / expected[key].abs().max()) for key in expected)
+    every = torch.cat([(found[key] - expected[key]).abs() / expected[key].abs().max() for key in expected])
+    return every.topk(ceil(MISSED * len(every)) + 1).values.tolist()
 
 
 def drift_at_growth(model: nn.Module, probe: Probe) -> float:
@@ -217,12 +223,12 @@ def references(every: Sequence[Setup]) -> dict[str, dict[str, Tensor]]:
 
 def table(rows: Sequence[Row], title: str) -> Table:
     shown = Table(title=title)
-    for column in ("network", "training in", "step", "one product", "geometry", "peak", "deviation", "drift"):
+    for column in ("network", "training in", "step", "one product", "geometry", "peak", "deviation", "worst", "drift"):
         shown.add_column(column, justify="left" if column in ("network", "training in") else "right")
     for r in rows:
         peak = f"{r.peak / 2**20:.0f} MiB" if r.peak else "–"
         times = (f"{r.step:.2f} ms", f"{r.product:.2f} ms", f"{r.geometry:.0f} ms")
-        shown.add_row(r.network, r.precision, *times, peak, f"{r.deviation:.1e}", f"{r.drift:.1e}")
+        shown.add_row(r.network, r.precision, *times, peak, f"{r.deviation:.1e}", f"{r.worst:.1e}", f"{r.drift:.1e}")
     return shown
 
 

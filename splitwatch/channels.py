@@ -107,8 +107,8 @@ def pre_activation(call: LinearCall) -> Tensor:
 
 
 def _normal(like: Tensor, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(like.shape, generator=generator).to(like)
+    generator = torch.Generator(like.device).manual_seed(seed)
+    return torch.randn(like.shape, generator=generator, device=like.device).to(like)
 
 
 def _random_pair(call: LinearCall) -> tuple[Tensor, Tensor]:

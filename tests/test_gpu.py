@@ -1,6 +1,7 @@
 """What holds on the CPU holds on a CUDA device."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -164,14 +165,20 @@ def test_memory_is_given_back(record_property):
     model = nn.Sequential(nn.Linear(784, 512), nn.Tanh(), nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 10)).cuda()
     batches = [(torch.randn(1024, 784).cuda(), torch.randint(0, 10, (1024,)).cuda()) for _ in range(2)]
     probe = Probe(batches, lambda m, batch: F.cross_entropy(m(batch[0]), batch[1]))
-    measure_geometry(model, probe, ["0"])  # libraries take their workspaces
+    for _ in range(3):  # libraries take their workspaces, not all of them the first time
+        measure_geometry(model, probe)
+    gc.collect()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    measure_geometry(model, probe)
+    after = []
+    for _ in range(3):
+        measure_geometry(model, probe)
+        gc.collect()
+        after.append(torch.cuda.memory_allocated())
     peak = torch.cuda.max_memory_allocated() - before
     record_property("peak_mib", peak / 2**20)
     print(f"measure_geometry of 784-512-512-10 at 1024 samples: {peak / 2**20:.0f} MiB at its peak")
-    assert torch.cuda.memory_allocated() <= before
+    assert after == [before] * 3
     assert peak < 4 * 2**30
 
 

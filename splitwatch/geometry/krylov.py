@@ -5,6 +5,7 @@ In the shapes m counts the operators of a group, k those still iterated on, n th
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +16,10 @@ from splitwatch.geometry.drift import Drift
 from splitwatch.geometry.operators import Scaled, assert_finite
 
 _FIRST_CHECK = 4
+_PAUSE = 3  # steps between checks on a device, at least: a check costs more than a product there
+_BATCHED = 32  # up to this dimension cuSOLVER takes many matrices at once, beyond it one after the other
 _ROOM = 16  # vectors an operator, for which room is made at first
-_SAFETY = 0.5  # a residual just below the tolerance is now and then that of another eigenvalue than the extreme one
+_SAFETY = 0.25  # a residual just below the tolerance is now and then that of another eigenvalue than the extreme one
 _COARSE = 0.1  # residual, relative to the operator's size, at which a minimum is known well enough to be ranked
 
 
@@ -90,7 +93,8 @@ class Lanczos:
         self.alpha, self.beta = torch.zeros(2, m, limit, dtype=torch.float64)
         self.taken: list[Tensor | None] = []  # by step, beyond α and β: what reorthogonalisation took, (k, j)
         self.before = torch.full((m, 2, 2), torch.inf, dtype=torch.float64)  # values at the last two checks
-        self.size = vectors.new_zeros(m)
+        self.size = self.alpha.new_zeros(m)
+        self.pause = 1 if vectors.device.type == "cpu" else _PAUSE
         self.drift = Drift(m, 2 * torch.finfo(vectors.dtype).eps)
 
     def step(self) -> Tensor:
@@ -100,33 +104,33 @@ class Lanczos:
             self._make_room()
         *_, vectors, following = self.basis[: self.j + 1, :k]
         images = self.operators(vectors)
-        if not bool((size := images.norm(dim=1)).isfinite().all()):
-            assert_finite(images)
-        self.size = torch.maximum(self.size, size)
         beta = self._orthogonalise(images, vectors)
         # Finished operators go on as zeros until the next compaction; nothing reads what they append.
-        going = self.live.to(beta.device) & (beta > 0)
-        torch.div(images, torch.where(going, beta, torch.inf)[:, None], out=following)
-        return ((beta <= self.precision * self.size) | (self.j == images.shape[1])).cpu()
+        length = torch.where(self.live & (beta > 0), beta, torch.inf).to(images)
+        torch.div(images, length[:, None], out=following)
+        return (beta <= self.precision * self.size) | (self.j == images.shape[1])
 
     def _orthogonalise(self, images: Tensor, vectors: Tensor) -> Tensor:
-        """Leave of the images of the newest vectors, in place, what is new; returns its norms (k,)."""
-        j, taken = self.j, None
+        """Leave of the images of the newest vectors, in place, what is new; returns its norms (k,), on the CPU."""
+        j, taken, size = self.j, None, images.norm(dim=1)
         alpha = torch.linalg.vecdot(images, vectors)
         images.addcmul_(vectors, alpha[:, None], value=-1)
         if j > 1:
             images.addcmul_(self.basis[j - 2, : len(images)], self.beta[:, j - 2, None].to(images), value=-1)
-        beta = images.norm(dim=1)
-        self.alpha[:, j - 1], self.beta[:, j - 1] = alpha.cpu(), beta.cpu()
-        if self.drift.grown(self.alpha[:, :j], self.beta[:, :j], self.size.cpu(), self.live):
+        numbers = torch.stack([alpha, images.norm(dim=1), size])
+        self.alpha[:, j - 1], self.beta[:, j - 1], size = numbers.cpu().double()  # a device is waited for once a step
+        if not bool(size.isfinite().all()):
+            assert_finite(images)
+        self.size = torch.maximum(self.size, size)
+        if self.drift.grown(self.alpha[:, :j], self.beta[:, :j], self.size, self.live):
             taken = _project_out(images, self.basis[:j, : len(images)])
-            beta = images.norm(dim=1)
+            beta = images.norm(dim=1).cpu().double()
             if bool((beta < self.precision**0.5 * self.size).any()):  # most of an image cancelled
                 taken += _project_out(images, self.basis[:j, : len(images)])
-                beta = images.norm(dim=1)
-            self.beta[:, j - 1] = beta.cpu()
+                beta = images.norm(dim=1).cpu().double()
+            self.beta[:, j - 1] = beta
         self.taken.append(taken)
-        return beta
+        return self.beta[:, j - 1]
 
     def ritz(self, which: Tensor, invariant: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of some operators (p,): values (p, 2) of both ends, their residuals, sizes (p,), coefficients (p, 2, j)."""
@@ -134,7 +138,7 @@ class Lanczos:
         matrices = self.alpha.new_zeros(len(which), j, j)
         matrices.diagonal(0, 1, 2).copy_(self.alpha[which, :j])
         matrices.diagonal(-1, 1, 2).copy_(self.beta[which, : j - 1])  # eigh reads the lower triangle alone
-        values, vectors = torch.linalg.eigh(matrices)
+        values, vectors = _eigh(matrices, self.basis.device)
         ends = vectors[:, :, [0, -1]].mT
         residual = torch.where(invariant[which, None], 0.0, self.beta[which, j - 1, None] * ends[:, :, -1].abs())
         return values[:, [0, -1]], residual, values.abs().amax(dim=1), ends
@@ -172,9 +176,9 @@ class Lanczos:
         keep[freed] = left + self.live[left:].nonzero().flatten()
         there, used = keep.to(self.basis.device), self.basis[: self.j + 1]
         used.index_copy_(1, freed.to(there), used.index_select(1, there[freed]))
-        self.operators, self.size = self.operators.restricted(there), self.size[there]
-        self.rows, self.alpha, self.beta, self.before, self.live = (
-            x[keep] for x in (self.rows, self.alpha, self.beta, self.before, self.live)
+        self.operators = self.operators.restricted(there)
+        self.rows, self.size, self.alpha, self.beta, self.before, self.live = (
+            x[keep] for x in (self.rows, self.size, self.alpha, self.beta, self.before, self.live)
         )
         self.taken = [None if x is None else x[keep] for x in self.taken]
         self.drift.keep(keep)
@@ -196,7 +200,7 @@ def lanczos(
         which = (space.live & (invariant | due)).nonzero().flatten()
         if not len(which):
             continue
-        check += max(1, space.j // 10) if due else 0
+        check += max(space.pause, space.j // 10) if due else 0
         values, residual, scale, coefficients = space.ritz(which, invariant)
         small = threshold * scale[:, None]
         settled = (residual <= small) & ((values - space.before[which, 1]).abs() <= small)
@@ -226,3 +230,17 @@ def _project_out(images: Tensor, basis: Tensor) -> Tensor:
     coefficients = images[:, None] @ basis.permute(1, 2, 0)
     images[:, None].baddbmm_(coefficients, basis.transpose(0, 1), alpha=-1)
     return coefficients[:, 0].cpu().double()
+
+
+def _eigh(matrices: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Eigenpairs of many small matrices on the CPU, found on the device where it takes all of them at once."""
+    if device.type == "cpu":
+        values, vectors = torch.linalg.eigh(matrices)
+        return values, vectors
+    if matrices.shape[1] <= _BATCHED:
+        values, vectors = torch.linalg.eigh(matrices.to(device))
+        return values.cpu(), vectors.cpu()
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads) as pool:
+        values, vectors = zip(*pool.map(torch.linalg.eigh, matrices.tensor_split(threads)), strict=True)
+    return torch.cat(values), torch.cat(vectors)

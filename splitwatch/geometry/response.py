@@ -94,8 +94,8 @@ def _differentiate(slopes: Sequence[Tensor], inputs: Sequence[Tensor], t: Sequen
 
 
 def _signs(like: Tensor, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randint(0, 2, like.shape, generator=generator) * 2 - 1).to(like)
+    generator = torch.Generator(like.device).manual_seed(seed)
+    return (torch.randint(0, 2, like.shape, generator=generator, device=like.device) * 2 - 1).to(like)
 
 
 def _agree(first: list[list[Tensor]], second: list[list[Tensor]]) -> bool:
