@@ -149,7 +149,7 @@ def candidates(bed: Seedbed, geometry: LayerGeometry | None, seed: int) -> Tenso
 
 
 def ascend(bed: Seedbed, w: Tensor) -> Tensor:
-    """Incoming weights after stochastic gradient ascent on log ‖g‖²/(‖φ⊥‖² + ridge), (k', d)."""
+    """Incoming weights after stochastic gradient ascent on log ‖g‖²/(‖φ⊥‖² + ridge) or ‖g‖²/‖φ‖², (k', d)."""
     size = w.norm(dim=1, keepdim=True) / w.shape[1] ** 0.5
     place = torch.nn.Parameter(w / torch.where(size > 0, size, 1))
     optimizer = torch.optim.Adam([place], lr=RATE)

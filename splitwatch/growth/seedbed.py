@@ -28,7 +28,7 @@ from splitwatch.geometry.curvature import channels, incoming_sizes, lift, outgoi
 from splitwatch.geometry.weights import neuron_weights
 from splitwatch.growth.grow import widened
 from splitwatch.probe import LayerTrace, Probe
-from splitwatch.ranks import is_first, summed, summed_number
+from splitwatch.ranks import everywhere, is_first, summed, summed_number
 from splitwatch.records import GrowthPlan, HiddenLayer, Sprout
 
 RESOLUTION = 1e-6
@@ -146,7 +146,7 @@ class Seedbed:
         maps = zip(layer.consumers, self.beds[0].trace.consumers, strict=True)
         shapes = [(where.stride, x.weight_shape, x.has_bias) for where, x in maps]
         self.readers = tuple(Reader(n * shape[0] * shape[2:].numel(), shape[0], bias) for n, shape, bias in shapes)
-        self.beds = _shared(self.beds)
+        self.beds, self.whole = _shared(self.beds), True  # all of what the Gram matrix below is of
         gram = sum(_weight(bed) * bed.features.double().T @ bed.features.double() for bed in self.beds)
         self.inverse = _pseudo_inverse(summed(torch.as_tensor(gram)))
         slope = summed(torch.as_tensor(sum(bed.share * bed.gain.double() for bed in self.beds)))
@@ -155,7 +155,7 @@ class Seedbed:
     def at(self, step: int) -> Seedbed:
         """The same with one batch of each rank, another at every step; what existing features span stays as it is."""
         one = copy(self)
-        one.beds = _shared([self.beds[step % len(self.beds)]])
+        one.beds, one.whole = _shared([self.beds[step % len(self.beds)]]), everywhere(len(self.beds) == 1)
         return one
 
     def measure(self, w: Tensor, *, pairs: bool = True) -> Measured:
@@ -169,17 +169,18 @@ class Seedbed:
         return Measured(gain - cross @ self.known, gram.diagonal(), gram - cross @ combination, combination)
 
     def slope(self, w: Tensor) -> Tensor:
-        """The gradient of log ‖g‖²/(‖φ⊥‖² + ρ‖φ‖²) in incoming weights (k', d), ρ the ridge.
+        """The gradient of log ‖g‖²/(‖φ⊥‖² + ρ‖φ‖²) in incoming weights (k', d), ρ the ridge; of ‖g‖²/‖φ‖² on a part.
 
         ‖φ⊥‖² = ‖φ‖² − cᵀG⁺c, so its gradient is that of ‖φ‖² − 2 aᵀc with the combination a = G⁺c held fixed. Without
-        the ridge it would lead to features that are hardly new. The graphs of all batches are kept for it.
+        the ridge it would lead to features that are hardly new, and on a part of what G was measured on it still does.
+        The graphs of all batches are kept for it.
         """
         with torch.enable_grad():
             leaf = w.detach().requires_grad_()
             gain, square, cross = self._moments(leaf, pairs=False)
             g, norm, c = (summed(part.detach().double()) for part in (gain, square, cross))
-            a, g = c @ self.inverse, g - c @ self.known
-            left = (norm - (c * a).sum(1)).clamp(min=0) + RIDGE * norm  # one batch is not what G was measured on
+            a, g = c @ self.inverse * self.whole, g - c @ self.known
+            left = norm - (c * a).sum(1) + RIDGE * norm
             towards, less = (2 * g / g.square().sum(1, keepdim=True)).to(w), (1 / left).to(w)
             toward_old = (2 * a / left[:, None] - towards.double() @ self.known.T).to(w)
             value = (towards * gain).sum() + (toward_old * cross).sum() - (1 + RIDGE) * (square * less).sum()
