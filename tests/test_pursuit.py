@@ -205,11 +205,15 @@ def test_every_step_of_the_ascent_takes_another_batch():
     probe, layer = Probe(batches, mse), only(model, Probe(batches, mse), "0")
     bed = Seedbed(model, layer, probe, 5, BYTES)
     w = candidates(bed, None, 0)
+    along = torch.randn_like(w)
     for step in range(4):
         alone = Seedbed(model, layer, Probe([batches[2 * (step % 2)], batches[1]], mse), 5, BYTES)
         assert torch.allclose(bed.at(step).measure(w).norm, alone.measure(w).norm)
-        alone.inverse, alone.known = bed.inverse, bed.known
+        alone.inverse, alone.known, alone.whole = bed.inverse, bed.known, False
         assert torch.allclose(bed.at(step).slope(w), alone.slope(w))
+        up, down = (bed.at(step).measure(w + h * along) for h in (1e-6, -1e-6))
+        rise = (up.gain.square().sum(1) / up.norm).log() - (down.gain.square().sum(1) / down.norm).log()
+        assert torch.allclose((alone.slope(w) * along).sum(1), rise / 2e-6, rtol=1e-5)
         assert torch.allclose(bed.at(step).measure(w, pairs=False).scores, alone.measure(w).scores)
 
 
