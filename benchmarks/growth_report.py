@@ -114,7 +114,7 @@ def entry(cell: str, methods: dict[str, dict[int, Result]], name: str, own: str,
 
 
 def summary(table: Table, own: str) -> str:
-    """What issue and design ask for, in numbers."""
+    """In how many cells the own method is best, tied or worse, and how far predictions can be trusted."""
     lines = []
     for measure in MEASURES:
         best = tied = worse = 0

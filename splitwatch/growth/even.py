@@ -26,8 +26,7 @@ PARTS = (0.25, 0.1, 0.0)
 """Parts of the solved outgoing weights that the held-out half chooses from.
 
 The whole step lowers the loss most at growth and ends worse: what it brings is fitted to the weights of the moment,
-which training at a high rate leaves soon. Over six networks widened three times each, the area under the log validation
-loss relative to random neurons was 0.81 with a quarter, 0.82 with a tenth, 0.86 with none.
+which training at a high rate leaves soon.
 """
 
 GRAIN = 64
