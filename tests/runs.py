@@ -1,6 +1,8 @@
 """Small Lightning runs that grow soon, in either of Lightning's packages, on one process or several."""
 
+import functools
 import importlib
+import multiprocessing
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,9 @@ from torch import distributed, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from splitwatch import GrowthPolicy, SplitWatch
+
+CLEAN = multiprocessing.get_context("forkserver")
+CLEAN.set_forkserver_preload(["torch", "pytorch_lightning", "lightning.pytorch", "splitwatch"])
 
 PACKAGES = ("pytorch_lightning", "lightning.pytorch")
 
@@ -33,6 +38,24 @@ SOON = GrowthPolicy(
     moves="splits",
 )  # fmt: skip
 """A policy to which every point is stationary."""
+
+
+def in_clean_process(test):
+    """Runs a test that forks in a process where nothing ran before: a fork does not survive other tests' threads."""
+
+    @functools.wraps(test)
+    def run(**arguments):
+        process = CLEAN.Process(target=_call, args=(test.__module__, test.__name__, arguments))
+        process.start()
+        process.join(400)
+        process.kill()
+        assert process.exitcode == 0
+
+    return run
+
+
+def _call(module, name, arguments):
+    getattr(importlib.import_module(module), name).__wrapped__(**arguments)
 
 
 def wave(n=512):

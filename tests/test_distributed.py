@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from pytorch_lightning.strategies import DDPStrategy
-from runs import QUIET, SOON, Diary, module_of, trainer_of
+from runs import QUIET, SOON, Diary, in_clean_process, module_of, trainer_of
 from torch.multiprocessing import ProcessRaisedException
 
 from splitwatch import SplitWatch, SplitWatchError, make_growable
@@ -62,6 +62,7 @@ def forked(folder, module=None, steps=40, diary=None, **settings):
     ],
     ids=lambda ddp: next(iter(ddp), "plain"),
 )
+@in_clean_process
 def test_two_processes_equal_one_on_the_union_of_their_batches(ddp, alone, tmp_path):
     module = forked(tmp_path, ddp=ddp)
     kept = assert_same_run(tmp_path, alone)
@@ -81,6 +82,7 @@ def test_the_strategies_by_name(strategy, alone, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("static", [False, True])
+@in_clean_process
 def test_manual_optimization_on_two_processes(static, alone, tmp_path):
     def training_step(self, batch, batch_idx):
         optimizer = self.optimizers()
@@ -99,6 +101,7 @@ def test_manual_optimization_on_two_processes(static, alone, tmp_path):
 
 
 @pytest.mark.slow
+@in_clean_process
 def test_accumulated_gradients_on_two_processes(tmp_path):
     folder = tmp_path / "alone"
     folder.mkdir()
@@ -108,6 +111,7 @@ def test_accumulated_gradients_on_two_processes(tmp_path):
     assert_same_run(tmp_path, torch.load(folder / "0"))
 
 
+@in_clean_process
 def test_forked_processes_need_a_model_that_can_come_back_and_say_so(tmp_path):
     trainer = trainer_of([SplitWatch(SOON)], steps=1, strategy="ddp_fork", devices=1)
     with pytest.raises(ProcessRaisedException, match="make_growable"):
@@ -133,6 +137,7 @@ def test_a_strategy_of_ones_own_is_refused_on_several_processes(monkeypatch):
         trainer.fit(module_of())
 
 
+@in_clean_process
 def test_processes_that_average_their_models_now_and_then_are_refused(tmp_path):
     module = module_of()
     make_growable(module)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.fabric import Fabric
-from runs import SOON, wave
+from runs import SOON, in_clean_process, wave
 from torch import distributed, multiprocessing, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
@@ -70,6 +70,7 @@ def alone():
     return train(model, optimizer, Grower(model, optimizer, mse, SOON, progress=False))
 
 
+@in_clean_process
 def test_a_wrapped_model_follows_its_growth_with_all_of_its_settings(tmp_path):
     multiprocessing.start_processes(on_rank, (str(tmp_path), SETTINGS), nprocs=2, start_method="fork")
     first, second = (torch.load(tmp_path / str(rank)) for rank in range(2))

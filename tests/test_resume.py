@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pytorch_lightning.callbacks import ModelCheckpoint
-from runs import SOON, module_of, trainer_of, wave
+from runs import SOON, in_clean_process, module_of, trainer_of, wave
 from torch import nn
 
 from splitwatch import Grower, GrowthPolicy, SplitWatch, make_growable
@@ -158,6 +158,7 @@ def assert_same(found, wanted):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("name", RUNS)
+@in_clean_process
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_never_was(name, tmp_path):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     straight.mkdir()
