@@ -49,7 +49,7 @@ def test_batch_norm_and_dropout_are_named():
 
 def test_weight_decay_is_quantified_for_the_planned_split():
     model, probe, layers, geometry = measured()
-    move = plan_growth(model, geometry, probe, GrowthPolicy(max_neurons=1)).moves[0]
+    move = plan_growth(model, geometry, probe, GrowthPolicy(max_neurons=1, moves="splits")).moves[0]
     effect = weight_decay_effect(model, layers[0], move.neuron, move.coefficients, weight_decay_in=0.01)
     assert effect.reason in " ".join(caveats(model, probe, layers, geometry, move, 0.01))
 
