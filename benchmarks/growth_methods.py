@@ -28,7 +28,4 @@ PEERS = {
     "Firefly": everywhere(firefly),
 }
 OWN = {"splitwatch": splitwatch}
-EXPERIMENTS = {
-    "splits .3": everywhere(lambda site, layer, count: s2d(site, layer, count, 0.3)),
-}
-GROW: dict[str, Callable[[Site], GrowthPlan]] = {**PEERS, **OWN, **EXPERIMENTS}
+GROW: dict[str, Callable[[Site], GrowthPlan]] = {**PEERS, **OWN}

@@ -13,19 +13,17 @@ one growth, from half of the last width, at a tenth of the budget.
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
 from growth_cells import BY_NAME, CELLS, Cell
 from growth_methods import OWN
-from growth_report import markdown
+from growth_report import interval, markdown, put_section
 from growth_run import Run, execute
-from scipy.stats import t as student
 from tqdm import tqdm
 
 from splitwatch import Rewarm
@@ -67,11 +65,6 @@ REMEDIES: dict[str, Remedy] = {
 }
 
 
-def interval(values: list[float]) -> str:
-    half = float(student.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
-    return f"{fmean(values):+.4f} ± {half:.4f}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
@@ -94,22 +87,14 @@ def main() -> None:
     rows = [["from scratch", *(f"{fmean(final[cell.name, 'wide']):.4f}" for cell in cells)]]
     for name in REMEDIES:
         pairs = [zip(final[cell.name, name], final[cell.name, "wide"], strict=True) for cell in cells]
-        rows.append([name, *(interval([a - b for a, b in pair]) for pair in pairs)])
+        found = (interval([a - b for a, b in pair]) for pair in pairs)
+        rows.append([name, *(f"{mean:+.4f} ± {half:.4f}" for mean, half in found)])
     text = markdown(["", *(cell.name for cell in cells)], rows)
     print(text)
     if args.write:
-        write(text, args.seeds)
-
-
-def write(text: str, seeds: int) -> None:
-    """Put the section into docs/performance.md, in the place of the one that is there."""
-    page = DOCS / "performance.md"
-    head = f"`python benchmarks/growth_remedies.py`; {seeds} seeds; below zero the growing run is better than scratch."
-    section = f"## Remedies for the warm start\n\n{head}\n\n{text}\n\n"
-    old = page.read_text()
-    found = re.search(r"^## Remedies for the warm start\n.*?(?=^## |\Z)", old, re.DOTALL | re.MULTILINE)
-    new = old[: found.start()] + section + old[found.end() :] if found else f"{old.rstrip()}\n\n{section}"
-    page.write_text(new.rstrip() + "\n")
+        head = f"`python benchmarks/growth_remedies.py`; {args.seeds} seeds"
+        told = f"{head}; below zero the growing run is better than scratch.\n\n{text}"
+        put_section(DOCS / "performance.md", "Remedies for the warm start", told)
 
 
 if __name__ == "__main__":

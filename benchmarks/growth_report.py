@@ -57,11 +57,14 @@ def centre(cell: str, measure: str, runs: dict[int, Result]) -> float:
 def difference(cell: str, measure: str, a: dict[int, Result], b: dict[int, Result]) -> tuple[float, float]:
     """Mean of a − b over seeds that both have, and half of its 95 % confidence interval (paired t)."""
     to, of = scale(cell, measure), MEASURES[measure]
-    pairs = [to(of(a[seed])) - to(of(b[seed])) for seed in a if seed in b]
-    if len(pairs) < 2:
-        return fmean(pairs), math.inf
-    half = float(student.ppf(0.975, len(pairs) - 1)) * stdev(pairs) / len(pairs) ** 0.5
-    return fmean(pairs), half
+    return interval([to(of(a[seed])) - to(of(b[seed])) for seed in a if seed in b])
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The mean, and half of its 95 % confidence interval (Student's t); infinite for a single value."""
+    if len(values) < 2:
+        return fmean(values), math.inf
+    return fmean(values), float(student.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
 
 
 def grown(cell: str, methods: dict[str, dict[int, Result]], own: str) -> list[str]:
@@ -200,13 +203,17 @@ def costs(table: Table, own: str) -> str:
 
 
 def put_into(path: Path, text: str) -> None:
-    """Put the section on growth into a page, in the place of the one that is there."""
+    """Put the section on growth into a page."""
     command = (
         "`python benchmarks/growth.py`; paired over seeds; ° differs from splitwatch by less than its 95 % interval."
     )
-    section = f"## Growth\n\n{command}\n\n![Validation loss over FLOPs](figures/growth.png)\n\n{text}\n"
-    page = path.read_text()
-    found = re.search(r"^## Growth\n.*?(?=^## |\Z)", page, re.DOTALL | re.MULTILINE)
+    put_section(path, "Growth", f"{command}\n\n![Validation loss over FLOPs](figures/growth.png)\n\n{text}")
+
+
+def put_section(path: Path, title: str, body: str) -> None:
+    """Put a section into a page, in the place of the one of that title, or at the end."""
+    page, section = path.read_text(), f"## {title}\n\n{body}\n"
+    found = re.search(rf"^## {title}\n.*?(?=^## |\Z)", page, re.DOTALL | re.MULTILINE)
     page = page[: found.start()] + section + "\n" + page[found.end() :] if found else f"{page.rstrip()}\n\n{section}"
     path.write_text(page.rstrip() + "\n")
 

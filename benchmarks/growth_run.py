@@ -53,8 +53,7 @@ def mean(of: Callable, model: nn.Module, batches) -> float:
 class Run:
     """A network in training; ``spent`` FLOPs of a ``budget``."""
 
-    def __init__(self, cell: Cell, problem: Problem, width: int, seed: int, charged: bool = True) -> None:
-        self.charged = charged
+    def __init__(self, cell: Cell, problem: Problem, width: int, seed: int) -> None:
         self.cell, self.problem, self.seed, self.spent = cell, problem, seed, 0
         torch.manual_seed(seed)
         self.model = problem.build(cell.widths[-1])
@@ -113,7 +112,7 @@ class Run:
         looked = plan.moves if method in OWN else ()
         moves = [(type(m).__name__, m.predicted_decrease, before - self.alone(plan, m, fresh)) for m in looked]
         event = grow(self.model, plan, self.optimizer, probe=probe)
-        self.spent += flops[0] * self.charged
+        self.spent += flops[0]
         self.price = self.cost()
         self.events.append(
             {
@@ -147,15 +146,13 @@ class Run:
         return (time.process_time() - start) / repeats
 
 
-def execute(
-    cell: Cell, method: str, seed: int, *, charged: bool = True, after: Callable[[Run], None] | None = None
-) -> dict[str, Any]:
+def execute(cell: Cell, method: str, seed: int, *, after: Callable[[Run], None] | None = None) -> dict[str, Any]:
     """One run from start to end: "fixed n" trains width n throughout, other methods grow; ``after`` follows growth."""
     torch.set_num_threads(1)
     start = time.process_time()
     fixed = method.startswith("fixed ")
     width = int(method.split()[1]) if fixed else cell.widths[0]
-    run = Run(cell, cell.problem(cell.activation, seed), width, seed, charged)
+    run = Run(cell, cell.problem(cell.activation, seed), width, seed)
     for share, wide in () if fixed else zip(cell.at, cell.widths[1:], strict=True):
         run.until(share)
         if run.share >= 1:  # choosing the last moves took what was left

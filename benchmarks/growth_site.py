@@ -13,9 +13,7 @@ from splitwatch import Probe
 from splitwatch.anatomy import plain_module
 from splitwatch.geometry.weights import neuron_weights
 from splitwatch.layers import find_hidden_layers, select_layers
-from splitwatch.records import GrowthPlan, HiddenLayer, Split, Sprout
-
-Move = Split | Sprout
+from splitwatch.records import GrowthPlan, HiddenLayer, Move, Sprout
 
 
 @dataclass(frozen=True)
