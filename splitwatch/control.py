@@ -15,7 +15,7 @@ from torch.optim import LBFGS, Optimizer
 
 from splitwatch.batches import Batch
 from splitwatch.events import Comparison
-from splitwatch.probe import LossFunction, Probe
+from splitwatch.probe import LossFunction, Probe, paired_error
 from splitwatch.ranks import rank_count
 
 _logger = logging.getLogger("splitwatch")
@@ -117,14 +117,6 @@ def control_for(
     except Exception as error:
         _logger.warning("growth goes on without the control of %d steps: a copy cannot be trained: %s", steps, error)
         return None
-
-
-def paired_error(difference: Tensor, weights: Tensor) -> float:
-    """Standard error of the mean of differences (parts,) with those weights; nan for a single part."""
-    if len(weights) < 2:
-        return float("nan")
-    spread = weights @ (difference - weights @ difference).square() / (len(weights) - 1)
-    return float(spread.sqrt())
 
 
 def _copied(optimizer: Optimizer, memo: dict[int, Any]) -> Optimizer:

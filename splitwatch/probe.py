@@ -231,6 +231,20 @@ class Probe:
         return loss
 
 
+def paired_error(difference: Tensor, weights: Tensor) -> float:
+    """Standard error of the mean of differences (parts,), over the parts of all ranks; nan for a single part.
+
+    Args:
+        difference: of the losses of two networks, as ``Probe.losses`` gives them.
+        weights: what each part counts; those of all ranks sum to one.
+    """
+    parts = summed_number(len(weights))
+    if parts < 2:
+        return float("nan")
+    mean = summed_number(float(weights @ difference))
+    return (summed_number(float(weights @ (difference - mean).square())) / (parts - 1)) ** 0.5
+
+
 def _trace(anatomy: Anatomy, layer: HiddenLayer, loss: Tensor, size: int, share: float) -> LayerTrace:
     missing = [name for name in layer.producers if not anatomy.calls.get(name)]
     if missing:

@@ -221,6 +221,9 @@ class Sprout:
         return f"sprout in {self.layer}: {self.reason}"
 
 
+Move = Split | Sprout
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class GrowthPlan:
     """Moves to make, and what was measured of them on both halves of the probe before anything was changed.
@@ -231,7 +234,7 @@ class GrowthPlan:
     """
 
     layers: tuple[HiddenLayer, ...]
-    moves: tuple[Split | Sprout, ...]
+    moves: tuple[Move, ...]
     reason: str
     offset: float = 0.0
     predicted_decrease: float = 0.0

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from splitwatch import Grower, GrowthPolicy, Probe, SplitWatchError
-from splitwatch.control import Control, paired_error
+from splitwatch.control import Control
 from splitwatch.events import Comparison
+from splitwatch.probe import paired_error
 from splitwatch.report.page import event_markdown
 from splitwatch.report.scalars import event_scalars
 

@@ -16,9 +16,7 @@ from splitwatch.growth.grow import count_parameters, widened
 from splitwatch.growth.policy import GrowthPolicy
 from splitwatch.probe import Probe
 from splitwatch.ranks import summed_number
-from splitwatch.records import GrowthPlan, HiddenLayer, Split, Sprout
-
-Move = Split | Sprout
+from splitwatch.records import GrowthPlan, HiddenLayer, Move, Split
 
 
 @dataclass(frozen=True, slots=True)

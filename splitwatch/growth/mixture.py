@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import inf, isfinite
+from math import inf, isfinite, isnan
 
 from torch import Tensor, nn
 
@@ -14,11 +14,9 @@ from splitwatch.growth.grow import widened
 from splitwatch.growth.policy import GrowthPolicy
 from splitwatch.growth.pursuit import Seedlings, proposals, pursue, sized
 from splitwatch.growth.search import NO_ROOM, rejected, searched, within_budget
-from splitwatch.probe import Probe
+from splitwatch.probe import Probe, paired_error
 from splitwatch.ranks import share_of, summed_number
-from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, Split, Sprout
-
-Move = Split | Sprout
+from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, Move, Split, Sprout
 
 
 def mix(
@@ -119,13 +117,8 @@ def _chosen(model: nn.Module, plans: Mapping[str, GrowthPlan], probe: Probe) -> 
 
 def _error(gains: Mapping[str, Tensor], weights: Tensor, name: str, best: str) -> str:
     """The standard error of a plan's difference to the best one, over parts of the held-out half."""
-    parts = summed_number(len(weights))
-    if name == best or parts < 2:
-        return ""
-    difference = gains[best] - gains[name]
-    mean = summed_number(float(weights @ difference))
-    scatter = summed_number(float(weights @ (difference - mean).square()))
-    return f" (± {(scatter / (parts - 1)) ** 0.5:.0e})"
+    error = float("nan") if name == best else paired_error(gains[best] - gains[name], weights)
+    return "" if isnan(error) else f" (± {error:.0e})"
 
 
 def counted(plan: GrowthPlan) -> str:

@@ -18,9 +18,7 @@ from torch import nn
 from splitwatch.events import Outcome
 from splitwatch.growth.grow import widened
 from splitwatch.probe import Probe
-from splitwatch.records import GrowthPlan, LayerGeometry, Split, Sprout
-
-Move = Split | Sprout
+from splitwatch.records import GrowthPlan, LayerGeometry, Move, Split
 
 PARTS: Final = 8
 """Outcomes of one event, unless more layers move: twice as many losses of the held-out half is what they cost. Where

@@ -12,7 +12,7 @@ from splitwatch.growth.cost import fitting, limits, prices, size
 from splitwatch.growth.grow import widened
 from splitwatch.growth.policy import GrowthPolicy
 from splitwatch.probe import Probe
-from splitwatch.records import GrowthPlan, HiddenLayer, Split, Sprout
+from splitwatch.records import GrowthPlan, HiddenLayer, Move, Split, Sprout
 
 OFFSETS = tuple(2.0**power for power in range(-9, 2))
 """Offsets of splits tried in the line search, relative to the norm of a neuron's weights."""
@@ -33,7 +33,7 @@ class Candidate:
     ``confirmed`` says whether a split descends on the fitted half beyond rounding, and on the held-out half too.
     """
 
-    move: Split | Sprout
+    move: Move
     confirmed: bool = True
 
 
@@ -43,7 +43,7 @@ def within_budget(
     candidates: Sequence[Candidate],
     probe: Probe,
     policy: GrowthPolicy,
-) -> tuple[Split | Sprout, ...]:
+) -> tuple[Move, ...]:
     """The best candidates that the budgets allow, by predicted decrease per neuron, parameter or operation."""
     price = prices(model, probe, policy, layers)
 
@@ -52,7 +52,7 @@ def within_budget(
         return move.predicted_decrease / (getattr(price[move.layer], policy.per) * move.added)
 
     room = limits(model, policy).less(size(model, probe, policy))
-    chosen: list[Split | Sprout] = []
+    chosen: list[Move] = []
     for item in sorted(candidates, key=lambda item: -score(item)):
         left = room.less(price[item.move.layer], item.move.added)
         if not left.overdrawn:
