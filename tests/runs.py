@@ -16,7 +16,7 @@ CLEAN.set_forkserver_preload(["torch", "pytorch_lightning", "lightning.pytorch",
 
 PACKAGES = ("pytorch_lightning", "lightning.pytorch")
 
-QUIET = (
+USUAL = (
     "ignore:.*does not have many workers:UserWarning",
     "ignore:.*LeafSpec.*:FutureWarning",
     "ignore:.*treespec.*",
@@ -26,10 +26,13 @@ QUIET = (
     "ignore:Checkpoint directory.*:UserWarning",
     "ignore:The number of training batches.*:UserWarning",
     "ignore:.*ended before the epoch ended.*:UserWarning",
+)
+"""Warnings of any short run."""
+
+QUIET = (
+    *USUAL,
     "ignore:.*mid-epoch checkpoint.*:UserWarning",
     "ignore:.*resumed from a checkpoint that ended before.*:UserWarning",
-    "ignore:.*use_fork.*:DeprecationWarning",
-    "ignore:.*multi-threaded.*fork.*:DeprecationWarning",
     "ignore:.*You defined a .validation_step.*:UserWarning",
 )
 

@@ -9,24 +9,14 @@ import torch
 import torch.nn.functional as F
 import torchmetrics
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from runs import USUAL
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from splitwatch import Grower, GrowthPolicy, SplitWatch, SplitWatchError, load_grown
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*does not have many workers:UserWarning",
-    "ignore:.*LeafSpec.*:FutureWarning",
-    "ignore:.*treespec.*",
-    "ignore:.*logging interval.*:UserWarning",
-    "ignore:.*litlogger.*",
-    "ignore:.*tensorboardX.*",
-    "ignore:Checkpoint directory.*:UserWarning",
-    "ignore:The number of training batches.*:UserWarning",
-    "ignore:.*ended before the epoch ended.*:UserWarning",
-    "ignore:.*returned .None.*:UserWarning",
-)
+pytestmark = pytest.mark.filterwarnings(*USUAL, "ignore:.*returned .None.*:UserWarning")
 
 POLICY = GrowthPolicy(window=100, max_events=1, max_overhead=None)
 STEPS = 900

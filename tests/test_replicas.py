@@ -13,7 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from splitwatch import Grower, SplitWatchError
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
 SETTINGS = [{}, {"find_unused_parameters": True}, {"static_graph": True}, {"gradient_as_bucket_view": True}]
 
 

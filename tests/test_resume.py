@@ -156,7 +156,6 @@ def assert_same(found, wanted):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("name", RUNS)
 @in_clean_process
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_never_was(name, tmp_path):
