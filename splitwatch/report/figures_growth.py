@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from torch import Tensor
 
 from splitwatch.events import Outcome
@@ -56,6 +57,7 @@ def calibration_figure(outcomes: Sequence[Outcome]) -> Figure:
     shown = [x for x in outcomes if x.predicted > 0 and math.isfinite(x.predicted) and math.isfinite(x.realised)]
     sizes = [x.predicted for x in shown] + [x.realised for x in shown if x.realised > 0]
     low, high = (min(sizes) / 3, max(sizes) * 3) if sizes else (1e-3, 1.0)
+    low, high = 10.0 ** math.floor(math.log10(low)), 10.0 ** math.ceil(math.log10(high))
     line = [low, high]
     axes.fill_between(line, [x / 2 for x in line], [x * 2 for x in line], color="#DDDDDD", lw=0, label="factor of two")
     axes.plot(line, line, color=INK, lw=0.8)
@@ -65,6 +67,8 @@ def calibration_figure(outcomes: Sequence[Outcome]) -> Figure:
             words = f"{kind}, {'certified' if sure else 'not certified'}" if kind == "split" else kind
             _scatter(axes, some, colour if sure or kind == "sprout" else "white", colour, words, low)
     axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low / 1.5, high))
+    for axis in (axes.xaxis, axes.yaxis):  # whole decades only: what lies between would overlap
+        axis.set_minor_formatter(NullFormatter())
     dress(axes, "predicted decrease", "realised decrease, held-out half")
     near = sum(0.5 <= x.realised / x.predicted <= 2 for x in shown)
     paid, count = sum(x.realised > 0 for x in shown), len(shown)
