@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -80,6 +80,10 @@ class LinearMap:
         """The same map at another input, which may have another number of channels."""
         outputs, _, *kernel = self.weight_shape
         return LinearMap(x, torch.Size([outputs, x.shape[self.channel_axis], *kernel]), self.has_bias, self.conv)
+
+    def hollow(self) -> LinearMap:
+        """The same map without the values of its input, in no memory; ``input_gradient`` asks for their shape alone."""
+        return replace(self, input=self.input.new_empty(1).expand(self.input.shape))
 
     def __call__(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Y = weight · x + bias."""

@@ -53,6 +53,37 @@ def test_paths_without_mixing_let_their_graphs_go(name, held):
         assert all((part.response.graph is not None) == held for part in curvature.parts)
 
 
+def storages(held, seen):
+    """Bytes of every storage that an object keeps alive, by its address."""
+    if isinstance(held, torch.Tensor):
+        storage = held.untyped_storage()
+        return {storage.data_ptr(): storage.nbytes()}
+    if id(held) in seen or isinstance(held, (type, str, int, float, torch.Size)) or callable(held):
+        return {}
+    seen.add(id(held))
+    if isinstance(held, dict):
+        inner = held.values()
+    elif isinstance(held, (list, tuple, set)):
+        inner = held
+    else:
+        names = [*getattr(held, "__slots__", ()), *getattr(held, "__dict__", ())]
+        inner = [getattr(held, name) for name in names]
+    found = {}
+    for one in inner:
+        found |= storages(one, seen)
+    return found
+
+
+@pytest.mark.parametrize("name", ["mlp", "transformer", "gated", "conv+bn"])
+def test_what_is_kept_is_what_is_counted(name):
+    model, probe = ZOO[name].make(samples=64)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    for curvature in Sweep(model, probe, growable(model, probe)[:1], "fitted").curvatures():
+        for part in curvature.parts:
+            kept = {at: size for at, size in storages(vars(part), set()).items() if at not in weights}
+            assert sum(kept.values()) <= 1.02 * part.nbytes
+
+
 @pytest.mark.parametrize("name", ["mlp", "conv+bn", "gated"])
 def test_what_does_not_fit_is_captured_anew_with_the_same_result(name):
     model, probe = ZOO[name].make(samples=5)

@@ -35,7 +35,8 @@ class InnerCurvature:
     """
 
     def __init__(self, trace: LayerTrace, pattern: Pattern | None = None) -> None:
-        self.trace, self.response = trace, Response(trace, pattern)
+        self.response = Response(trace, pattern)
+        self.trace = replace(trace, consumers=tuple(consumer.hollow() for consumer in trace.consumers))
 
     def restricted(self, rows: Tensor) -> InnerCurvature:
         """The same for some of the k neurons, given by their indices."""

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from splitwatch.batches import Batch, shares
 from splitwatch.geometry.eigen import dense_operator, extreme_eigenpairs
+from splitwatch.geometry.elementwise import CurvedOnce
 from splitwatch.geometry.plateau import RELATIVE_ZERO, Narrow
 from splitwatch.precision import in_full_precision
 from splitwatch.probe import Probe
@@ -175,7 +176,7 @@ class LossCurvature:
         """One batch's gradient with the graph that leads to it, kept while there is room."""
         if id(batch) in self.kept:
             return self.kept[id(batch)]
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused kernels of attention have no second derivative
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), CurvedOnce():  # fused attention differentiates once
             tape, loss = self.probe.record(self.model, batch)
             slopes = torch.autograd.grad(loss, self.parameters, create_graph=True, materialize_grads=True)
         self.once |= _is_cut(slopes)

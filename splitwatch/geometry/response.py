@@ -121,7 +121,7 @@ class Response:
         self.pattern = pattern or graph.pattern()
         self.axis, self.rows = trace.producers[0].channel_axis, None
         self.reads = [(h.shape, c.channel_axis) for h, c in zip(graph.h, trace.consumers, strict=True)]
-        self.shapes, self.like = [z.shape for z in graph.z], graph.z[0].detach()[:0]
+        self.shapes, self.like = [z.shape for z in graph.z], graph.z[0].new_empty(0)  # a slice would keep all of z
         self.bends = graph.bends() if self.pattern.bend else None
         self.slopes = graph.slopes() if self.pattern.slope else None
         self.graph = None if self.narrow and self.pattern.bend else graph
