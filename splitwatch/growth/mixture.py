@@ -79,8 +79,8 @@ def _pursued(
 
 
 def holds_sprouts(layer: HiddenLayer) -> bool:
-    """Whether a layer can hold new neurons; a depthwise convolution would need a kernel for each."""
-    return not any("conv" in operation for operation in layer.operations)
+    """Whether a layer can hold new neurons; a depthwise convolution would need a kernel for each, groups a place."""
+    return layer.groups == 1 and not any("conv" in operation for operation in layer.operations)
 
 
 def _sprouts(model: nn.Module, found: Sequence[Seedlings], order: Sequence[Sprout], probe: Probe) -> tuple[Sprout, ...]:
