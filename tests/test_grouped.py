@@ -332,7 +332,7 @@ def test_budgets_are_kept_by_whole_rounds():
         added = sum(move.added for move in plan.moves)
         assert added <= most
         assert added > 0 or most == 1
-        assert most > 1 or plan.reason == "the budget allows no new neuron"
+        assert most > 1 or "no new neuron; beside grouped convolutions a round of them is 2 in 0" in plan.reason
 
 
 def test_a_layer_that_descends_in_some_groups_only_is_left_with_the_reason():
@@ -410,9 +410,10 @@ def test_measured_but_not_grown(build, name, last, reason):
     hessian, mixed = of_the_loss(model, batches, name, last)
     at = torch.arange(4)
     assert_close(inner_hessian(model, layer, probe), hessian[at, :, at])
-    blocks, _ = mixed_of_neurons(mixed, 1)
-    if build is Beside:  # the third to sixth of its channels
-        blocks = torch.stack([mixed[(r + 2) // 2, (r + 2) % 2, :, r] for r in range(4)])
+    if build is Beside:  # the third to sixth channel of its consumer, two to a group of one output
+        blocks = torch.stack([mixed[j // 2, j % 2, :, j - 2] for j in range(2, 6)])
+    else:
+        blocks, _ = mixed_of_neurons(mixed, 1)
     assert_close(coupling(model, name, probe), blocks)
     assert_close(coupling(model, name, probe, [3, 0]), blocks[[3, 0]])
     assert name not in measure_geometry(model, probe)

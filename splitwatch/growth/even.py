@@ -18,7 +18,7 @@ from splitwatch.growth.mixture import counted, holds_sprouts
 from splitwatch.growth.policy import GrowthPolicy
 from splitwatch.growth.pursuit import Seedlings, pursue, sized
 from splitwatch.growth.rounds import whole_rounds
-from splitwatch.growth.search import NO_ROOM, OFFSETS, advance, confirmed_plan, searched, stretch
+from splitwatch.growth.search import OFFSETS, advance, confirmed_plan, no_room, searched, stretch
 from splitwatch.growth.splits import best_splits
 from splitwatch.probe import Probe
 from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, Split
@@ -48,7 +48,7 @@ def plan_even(
     """
     counts, ratio = _counts(model, probe, policy, layers)
     if not any(counts.values()):
-        return GrowthPlan(layers, (), NO_ROOM)
+        return GrowthPlan(layers, (), no_room(layers))
     able = [layer for layer in layers if counts[layer.name] and holds_sprouts(layer)]
     found = [
         pursue(model, layer, probe, counts[layer.name], geometry.get(layer.name), max_bytes=policy.max_bytes)

@@ -55,6 +55,8 @@ def mix(
     if plans:
         return _chosen(model, plans, probe)
     nothing = "growth would not help here: no new neuron is possible that explains a slope of the loss"
+    if not any(map(holds_sprouts, layers)):
+        nothing = "growth would not help here: beside depthwise and grouped convolutions neurons can only be split"
     none = NO_ROOM if items or policy.max_neurons == 0 else nothing if splits.moves else splits.reason
     return GrowthPlan(layers, (), none)
 

@@ -13,7 +13,7 @@ from splitwatch.growth.mixture import mix
 from splitwatch.growth.policy import GrowthPolicy
 from splitwatch.growth.preserve import plan_preserving
 from splitwatch.growth.rounds import missing, rounds
-from splitwatch.growth.search import NO_ROOM, confirmed_plan, searched, within_budget
+from splitwatch.growth.search import confirmed_plan, no_room, searched, within_budget
 from splitwatch.growth.splits import split_candidates, why_none
 from splitwatch.layers import find_hidden_layers, select_layers
 from splitwatch.probe import Probe
@@ -98,7 +98,7 @@ def _splits(
     if not rounds(layers, [item.move for item in confirmed]):
         return GrowthPlan(layers, (), missing(layers, [item.move for item in confirmed]))
     moves = within_budget(model, layers, confirmed, probe, policy)
-    return GrowthPlan(layers, moves, f"{len(moves)} of {len(candidates)} neurons split" if moves else NO_ROOM)
+    return GrowthPlan(layers, moves, f"{len(moves)} of {len(candidates)} neurons split" if moves else no_room(layers))
 
 
 def _of(geometry: Mapping[str, LayerGeometry], layer: HiddenLayer) -> LayerGeometry:

@@ -14,7 +14,7 @@ from splitwatch.geometry.plateau import classify_split
 from splitwatch.growth.cost import duplicate
 from splitwatch.growth.policy import GrowthPolicy
 from splitwatch.growth.rounds import missing, rounds, whole_rounds
-from splitwatch.growth.search import NO_ROOM, Candidate, weighed, within_budget
+from splitwatch.growth.search import NO_ROOM, Candidate, no_room, weighed, within_budget
 from splitwatch.growth.splits import preferences
 from splitwatch.probe import Probe
 from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, Move, PlateauVerdict
@@ -51,7 +51,7 @@ def plan_preserving(
         return GrowthPlan(layers, (), missing(layers, _moves(candidates)))
     moves = within_budget(model, layers, candidates, probe, policy)
     if not moves:
-        return GrowthPlan(layers, (), NO_ROOM)
+        return GrowthPlan(layers, (), no_room(layers))
     total = sum(layer.width for layer in layers)
     return weighed(model, GrowthPlan(layers, moves, f"{len(moves)} of {total} neurons split, a minimum kept"), probe)
 

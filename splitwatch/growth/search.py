@@ -27,6 +27,12 @@ FARTHEST = 32.0
 NO_ROOM = "the budget allows no new neuron"
 
 
+def no_room(layers: Sequence[HiddenLayer]) -> str:
+    """Why there is no move where the budgets hold none of the candidates."""
+    grouped = [f"{layer.groups} in {layer.name}" for layer in layers if layer.groups > 1]
+    return NO_ROOM + (f"; beside grouped convolutions a round of them is {', '.join(grouped)}" if grouped else "")
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Candidate:
     """A move at offset 1 (a split neuron's own weight norm) with its predicted decrease there.
