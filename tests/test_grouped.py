@@ -181,6 +181,37 @@ def test_gradients_are_the_couplings_along_the_outgoing_weights():
     assert_close(torch.einsum("rc,rcd->rd", v, coupling(model, "0", probe)), expected)
 
 
+class Halves(nn.Module):
+    """Two channels out of each: the halves of its positions."""
+
+    def forward(self, x):
+        return torch.tanh(x.unflatten(-1, (2, -1)).flatten(1, 2))
+
+
+@pytest.mark.parametrize(("groups", "last"), [(2, 8), (8, 16)])
+def test_a_neuron_of_several_channels(groups, last):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(2, 4, 2, groups=2), Halves(), nn.Conv1d(8, last, 2, groups=groups)).double()
+    batches = [(torch.randn(n, 2, 7).double(), torch.randn(n, last, 2).double()) for n in (2, 3)]
+    probe = Probe(batches, linear_loss)
+    layer = find_hidden_layers(model, probe)[0]
+    assert layer.consumers[0].stride == 2
+    _, mixed = of_the_loss(model, batches)
+    outputs, inside = last // groups, 8 // groups
+    channel = [mixed[j // inside * outputs :][:outputs, j % inside, ..., j // 2, :] for j in range(8)]
+    blocks = torch.stack([torch.stack(channel[2 * r : 2 * r + 2], 1).flatten(0, -2) for r in range(4)])
+    assert_close(coupling(model, layer, probe), blocks)
+    assert_close(coupling(model, layer, probe, [3, 0, 1]), blocks[[3, 0, 1]])
+    if groups == 8:
+        assert "the groups of its consumer 2 cut through what one neuron puts out" in layer.reason
+        return
+    before = model(batches[0][0]).detach()
+    plan = GrowthPlan((layer,), tuple(one_in_each(model, layer, 1, (0.2, 0.3, 0.5))), "")
+    assert grow(model, plan, probe=probe).drift <= 1e-12
+    assert model[2].weight.shape == (8, 8, 2)
+    assert_close(model(batches[0][0]).detach(), before, 1e-12)
+
+
 @pytest.mark.parametrize("groups", [1, 2, 3])
 def test_weights_by_channel_and_back(groups):
     weight = torch.randn(6, 2, 3)

@@ -161,6 +161,7 @@ def _fit(
     inner = solve(InnerHessian(curvature), n=d, start=start)
     gram = solve(CouplingGram(curvature, across), n=d, ends="max", start=start)
     operator = EscapeOperator(curvature, across, *escape_weights())
+    wanted = wanted if curvature.layer.groups == 1 else None  # a round takes the lowest of every group
     escape = solve(operator, n=d + c, ends="min", start=operator.start(inner.min_vector), wanted=wanted)
     escape_in, escape_out = escape.min_vector.split([d, c], dim=1)
     return {
