@@ -465,3 +465,15 @@ def test_reduction_passes_grouped_layers_over():
     assert all(torch.equal(a, b) for a, b in zip(narrow.parameters(), model.parameters(), strict=True))
     (found, *_) = branch(model, layers_of(model, probe))
     assert (found.width, found.effective, found.silent) == (6, 4, 0)
+
+
+def test_equal_weights_in_two_groups_make_no_replicas():
+    model, _, layers = chain()
+    with torch.no_grad():
+        model[3].weight[2:], model[3].bias[2:] = model[3].weight[:2], model[3].bias[:2]
+    assert len(replicas(model, layers[1], 1e-6)) == 4  # they read other channels
+    with torch.no_grad():
+        model[0].weight[1], model[0].bias[1] = model[0].weight[0], model[0].bias[0]
+        for tensor in (model[1].weight, model[1].bias, model[1].running_mean, model[1].running_var):
+            tensor[1] = tensor[0]
+    assert [group for group in replicas(model, layers[0], 1e-6) if len(group) > 1] == [[0, 1]]
