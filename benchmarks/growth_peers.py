@@ -20,8 +20,8 @@ from growth_site import Move, Site, fresh
 from torch import Tensor
 
 from splitwatch.anatomy import plain_module
-from splitwatch.geometry.curvature import lift, outgoing_gradient
 from splitwatch.geometry.eigen import extreme_eigenpairs
+from splitwatch.geometry.ends import lift, outgoing_gradient
 from splitwatch.geometry.measure import InnerHessian
 from splitwatch.geometry.sweep import Sweep
 from splitwatch.geometry.weights import neuron_weights

@@ -75,7 +75,7 @@ class Anatomy:
     def is_boundary(self, index: int) -> bool:
         """Whether the call at ``index`` ends a path: a Linear or a convolution that is not depthwise."""
         call = self.linear.get(index)
-        return call is not None and not _is_depthwise(call)
+        return call is not None and not is_depthwise(call)
 
     def slice(self, producers: Sequence[LinearCall]) -> tuple[Slice, list[int]]:
         """The slice below some producers, and every call their outputs reach before a consumer."""
@@ -109,6 +109,6 @@ def plain_module(model: nn.Module, name: str = "") -> Any:
     return module
 
 
-def _is_depthwise(call: LinearCall) -> bool:
-    groups = call.arguments["groups"]
-    return groups > 1 and groups == call.weight.shape[0] and call.weight.shape[1] == 1
+def is_depthwise(call: LinearCall) -> bool:
+    """Whether a convolution keeps every channel to itself, as an operation on a path does."""
+    return call.groups > 1 and call.groups == call.weight.shape[0] and call.weight.shape[1] == 1

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from math import lcm
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from splitwatch.anatomy import Anatomy, Slice, plain_module, plain_modules
+from splitwatch.anatomy import Anatomy, Slice, is_depthwise, plain_module, plain_modules
 from splitwatch.channels import ChannelCodes, pre_activation
 from splitwatch.linear_map import SUPPORTED, LinearCall
 from splitwatch.records import Consumer, HiddenLayer, SplitWatchError, UnsupportedLayerError
@@ -45,12 +47,14 @@ def find_hidden_layers(model: nn.Module, probe: Probe) -> tuple[HiddenLayer, ...
         return Discovery(model, tape, loss).layers()
 
 
-def select_layers(layers: Iterable[HiddenLayer], names: Sequence[str] | None) -> tuple[HiddenLayer, ...]:
-    """The growable layers, or exactly those named.
+def select_layers(
+    layers: Iterable[HiddenLayer], names: Sequence[str] | None, *, to_measure: bool = False
+) -> tuple[HiddenLayer, ...]:
+    """The growable layers, or exactly those named, which only have to be measurable if that is what is done.
 
     Raises:
         SplitWatchError: a name does not exist.
-        UnsupportedLayerError: a named layer cannot be widened.
+        UnsupportedLayerError: a named layer cannot be widened (or measured).
     """
     by_name = {layer.name: layer for layer in layers}
     if names is None:
@@ -61,7 +65,7 @@ def select_layers(layers: Iterable[HiddenLayer], names: Sequence[str] | None) ->
                 f"layers: required the dotted name of a layer the loss uses, found {name!r}; "
                 f"choose from {', '.join(by_name) or 'none'}"
             )
-        if not by_name[name].growable:
+        if not (by_name[name].growable or (to_measure and by_name[name].measurable)):
             raise UnsupportedLayerError(f"layers: {by_name[name]}")
     return tuple(by_name[name] for name in names)
 
@@ -115,8 +119,6 @@ class Discovery:
             raise UnsupportedLayerError(f"{role} has complex weights")
         if not all(p.requires_grad for p in parameters):
             raise UnsupportedLayerError(f"{role} is frozen: its parameters do not require gradients")
-        if calls[0].arguments["groups"] != 1:
-            raise UnsupportedLayerError(f"{role} is a grouped convolution")
         return calls[0]
 
     def _examine(self, width: int, call: LinearCall) -> HiddenLayer:
@@ -133,7 +135,9 @@ class Discovery:
         self._refuse_replay(where)
         names = tuple(self._name(call) for call in producers)
         operations = tuple(self.anatomy.describe(self.tape.calls[i]) for i in where.path)
-        return HiddenLayer(names[0], width, names, self._consumers(where, width, codes), riders, operations)
+        consumers = self._consumers(where, width, codes)
+        groups, reason = _grouping(where, consumers)
+        return HiddenLayer(names[0], width, names, consumers, riders, operations, reason, groups)
 
     def _name(self, call: LinearCall) -> str:
         owner = self.anatomy.owner(call.weight)
@@ -222,8 +226,21 @@ class Discovery:
         for call in where.consumers:
             name = self._name(call)
             self._checked(name, plain_module(self.model, name), f"its consumer {name}")
-            consumers.append(_block(name, codes.columns(call), width))
+            consumers.append(replace(_block(name, codes.columns(call), width), groups=call.groups))
         return tuple(consumers)
+
+
+def _grouping(where: Slice, consumers: Sequence[Consumer]) -> tuple[int, str]:
+    """In how many groups the neurons stand that have to grow alike, and why they cannot grow where they cannot."""
+    if any(is_depthwise(call) for call in where.producers):
+        return 1, "a depthwise convolution, which grows with the layer that it reads"
+    for call, consumer in zip(where.consumers, consumers, strict=True):
+        inputs = call.weight.shape[1] * call.groups
+        if call.groups > 1 and where.width * consumer.stride < inputs:
+            return 1, f"the groups of its consumer {consumer.name} hold other channels beside it, and would be cut anew"
+        if where.width % call.groups:
+            return 1, f"the groups of its consumer {consumer.name} cut through what one neuron puts out"
+    return lcm(*(call.groups for call in (*where.producers, *where.consumers))), ""
 
 
 def _block(name: str, columns: list[int], width: int) -> Consumer:

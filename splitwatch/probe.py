@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from splitwatch.anatomy import Anatomy, plain_module
 from splitwatch.batches import Batch, batch_size, halve, in_pieces, shares
+from splitwatch.grouped import by_channel
 from splitwatch.linear_map import LinearMap
 from splitwatch.precision import Uncast, upcast
 from splitwatch.ranks import share_of, summed_number
@@ -32,8 +33,8 @@ class LayerTrace:
     """What one hidden layer sees on one batch: the per-neuron pieces of the loss with everything downstream frozen.
 
     ``producers`` and ``consumers`` are linear maps at the inputs they saw, ``weights`` and ``biases`` the producers'
-    parameters, ``readers`` the consumers' weights, ``signals`` the gradients of the batch's mean loss in the consumers'
-    outputs. ``share`` is the batch's share of its half's samples.
+    parameters, ``readers`` the consumers' weights by input channel, ``signals`` the gradients of the batch's mean loss
+    in the consumers' outputs. ``share`` is the batch's share of its half's samples.
     """
 
     layer: HiddenLayer
@@ -263,7 +264,7 @@ def _trace(anatomy: Anatomy, layer: HiddenLayer, loss: Tensor, size: int, share:
         biases=tuple(_detached(call.arguments["bias"]) for call in where.producers),
         path=Path(anatomy.tape, where.path, where.starts, where.ends),
         consumers=tuple(LinearMap.of(call) for call in where.consumers),
-        readers=tuple(call.weight.detach() for call in where.consumers),
+        readers=tuple(by_channel(call.weight.detach(), call.groups) for call in where.consumers),
         signals=tuple(
             torch.zeros_like(anatomy.tape.tensors[call.output]) if signal is None else signal.detach()
             for call, signal in zip(where.consumers, signals, strict=True)

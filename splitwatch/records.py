@@ -30,11 +30,15 @@ def table(title: str, rows: Mapping[str, object]) -> str:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Consumer:
-    """A module that reads a hidden layer: columns ``start … start + m·stride`` of its input, ``stride`` to a neuron."""
+    """A module that reads a hidden layer: columns ``start … start + m·stride`` of its input, ``stride`` to a neuron.
+
+    ``groups`` are those of a grouped convolution, whose outputs each read the columns of one group.
+    """
 
     name: str
     start: int
     stride: int
+    groups: int = 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,7 +47,8 @@ class HiddenLayer:
 
     ``producers`` and ``consumers`` are dotted module names, ``riders`` the modules on the path that hold one entry per
     neuron (BatchNorm, PReLU, depthwise convolutions), ``operations`` the path in words. ``reason`` is empty for a layer
-    that can be widened. A gated layer has two producers; it carries the name of the first one called.
+    that can be widened. A gated layer has two producers; it carries the name of the first one called. Beside grouped
+    convolutions the neurons stand in ``groups`` of equal size, one after the other, and each has to grow by as many.
     """
 
     name: str
@@ -53,17 +58,29 @@ class HiddenLayer:
     riders: tuple[str, ...] = ()
     operations: tuple[str, ...] = ()
     reason: str = ""
+    groups: int = 1
 
     @property
     def growable(self) -> bool:
         """Whether the layer can be widened."""
         return not self.reason
 
+    @property
+    def measurable(self) -> bool:
+        """Whether the layer's geometry can be measured, which some layers allow that cannot be widened."""
+        return bool(self.consumers)
+
+    def group(self, neuron: int) -> int:
+        """The group that a neuron stands in."""
+        return neuron * self.groups // self.width
+
     def __str__(self) -> str:
         if self.reason:
-            return f"{self.name}: cannot be widened: {self.reason}"
+            but = "can be measured, " if self.measurable else ""
+            return f"{self.name}: {but}cannot be widened: {self.reason}"
         path = " → ".join([" + ".join(self.producers), *self.operations, ", ".join(c.name for c in self.consumers)])
-        return f"{self.name}: {self.width} neurons: {path}"
+        groups = f" in {self.groups} groups" if self.groups > 1 else ""
+        return f"{self.name}: {self.width} neurons{groups}: {path}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

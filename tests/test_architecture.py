@@ -21,6 +21,7 @@ ROOMS = (
     "undisturbed",
     "batches",
     "tape",
+    "grouped",
     "linear_map",
     "anatomy",
     "channels",

@@ -35,6 +35,14 @@ def calls_of(model, names, run):
     return seen
 
 
+def read_by(weight, consumer, groups, m):
+    """What a consumer's weight (o, i/groups, …) reads m neurons with, (m, o/groups, stride, …)."""
+    inside, outputs = weight.shape[1], len(weight) // groups
+    columns = [weight[j // inside * outputs :][:outputs, j % inside] for j in range(inside * groups)]
+    used = torch.stack(columns)[consumer.start : consumer.start + m * consumer.stride]
+    return used.unflatten(0, (m, consumer.stride)).movedim(2, 1)
+
+
 class Linearised:
     """φ = Σ ⟨e, y(W, V)⟩ of one batch: the consumers' outputs against their fixed output gradients.
 
@@ -77,14 +85,13 @@ class Linearised:
         m, w, blocks = self.layer.width, self.rows(), []
         for consumer in self.layer.consumers:
             key = f"{consumer.name}.weight"
-            columns = torch.arange(m)[:, None] * consumer.stride + torch.arange(consumer.stride) + consumer.start
 
             def phi_v(v, w, key=key):
                 return self({key: v, **self._unpacked(w)})
 
             both = jacrev(grad(phi_v), argnums=1)(self.parameters[key], w)  # (o, i, *k, m, d)
-            per_neuron = both[:, columns]  # (o, m, stride, *k, m, d)
-            blocks.append(per_neuron.movedim(1, 0).reshape(m, -1, *w.shape))
+            groups = getattr(self.model.get_submodule(consumer.name), "groups", 1)
+            blocks.append(read_by(both, consumer, groups, m).reshape(m, -1, *w.shape))
         return torch.cat(blocks, 1).detach()
 
     def _unpacked(self, w):
@@ -266,12 +273,9 @@ def test_extremes_couplings_and_escapes_equal_dense_ones(name):
         values = torch.linalg.eigvalsh(s)
         assert_close(found.min_eigenvalue, values[:, 0], 1e-8)
         assert_close(found.max_eigenvalue, values[:, -1], 1e-8)
-        columns = [model.get_submodule(c.name).weight.detach() for c in layer.consumers]
-        blocks = [
-            w[:, c.start : c.start + layer.width * c.stride].reshape(len(w), layer.width, c.stride, -1)
-            for w, c in zip(columns, layer.consumers, strict=True)
-        ]
-        v = torch.cat([block.movedim(1, 0).flatten(1) for block in blocks], 1)
+        readers = [(model.get_submodule(c.name), c) for c in layer.consumers]
+        blocks = [read_by(r.weight.detach(), c, getattr(r, "groups", 1), layer.width) for r, c in readers]
+        v = torch.cat([block.flatten(1) for block in blocks], 1)
         axis = v / v.norm(dim=1, keepdim=True)
         off_axis = torch.eye(v.shape[1], dtype=torch.float64) - axis[:, :, None] * axis[:, None]
         projected = off_axis @ g

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from zoo import ZOO
+from zoo import SINGLY, ZOO
 
 from splitwatch.growth.checkpoint import load_grown
 from splitwatch.growth.embedding import critical_embedding, critical_reduction, redundancy
@@ -60,7 +60,7 @@ def assert_untouched(model, before):
 moves = st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99), st.sampled_from(PATTERNS)), min_size=1, max_size=3)
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", SINGLY)
 @settings(max_examples=6, deadline=None)
 @given(moves=moves)
 def test_reduction_undoes_embedding(name, moves):
@@ -84,7 +84,7 @@ def test_reduction_undoes_embedding(name, moves):
     assert_untouched(model, before)
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", SINGLY)
 def test_every_copy_has_its_share_of_the_outgoing_weights(name):
     model, _, layers = case(name)
     coefficients = (0.0, 1.7, -0.7)
@@ -101,7 +101,7 @@ def test_every_copy_has_its_share_of_the_outgoing_weights(name):
                 assert torch.equal(got, 0 * v) if share == 0 else torch.allclose(got, share * v, atol=1e-14)
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", SINGLY)
 def test_neurons_nobody_reads_are_dropped(name):
     model, probe, layers = case(name)
     silenced = copy.deepcopy(model)
@@ -115,7 +115,7 @@ def test_neurons_nobody_reads_are_dropped(name):
     assert redundancy(silenced, growable(silenced, probe)) == dict.fromkeys(widths(layers), 1)
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", SINGLY)
 def test_one_neuron_always_stays(name):
     model, probe, layers = case(name)
     silenced = copy.deepcopy(model)

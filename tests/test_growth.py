@@ -49,10 +49,12 @@ def random_plan(model, probe, layers, coefficients, *, share=1.0, seed=0):
     patterns = itertools.cycle(coefficients)
     for layer in layers:
         curvature = layer_curvature(model, layer, probe)
-        for r in range(max(1, round(share * layer.width))):
+        each = layer.width // layer.groups
+        for r in range(max(1, round(share * each))):
             pattern = next(patterns)
-            u, v = parted(pattern, curvature.d, curvature.c, generator)
-            moves.append(Split(layer.name, r, pattern, u, v, 0.0))
+            for neuron in range(r, layer.width, each):  # one in each group
+                u, v = parted(pattern, curvature.d, curvature.c, generator)
+                moves.append(Split(layer.name, neuron, pattern, u, v, 0.0))
     return GrowthPlan(layers, tuple(moves), "by hand")
 
 
@@ -112,7 +114,7 @@ def test_layers_may_be_widened_one_after_the_other_and_again(name):
 
 def test_batch_norm_in_train_mode_is_the_same_too():
     """Copies have the batch statistics of their source."""
-    for name in ("conv+bn", "residual blocks", "inverted bottleneck"):
+    for name in ("conv+bn", "residual blocks", "inverted bottleneck", "grouped"):
         model, probe = ZOO[name].make()
         plan = random_plan(model, probe, growable(model, probe), COEFFICIENTS)
         x = probe.fitted[0][0]

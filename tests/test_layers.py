@@ -184,14 +184,6 @@ def detached():
     return Module(forward, a=nn.Linear(3, 4), b=nn.Linear(4, 2), c=nn.Linear(3, 2))
 
 
-def grouped():
-    return nn.Sequential(nn.Conv1d(4, 4, 3, groups=2), nn.Tanh(), nn.Conv1d(4, 2, 1))
-
-
-def group_consumer():
-    return nn.Sequential(nn.Conv1d(2, 4, 3), nn.Tanh(), nn.Conv1d(4, 2, 1, groups=2))
-
-
 def flipped():
     return Module(lambda self, x: self.b(torch.tanh(self.a(x)).flip(1)), a=nn.Linear(3, 4), b=nn.Linear(4, 2))
 
@@ -218,7 +210,6 @@ def per_neuron_scale():
     return model
 
 
-IMAGE = (4, 6)
 REFUSALS = {
     "layer norm in the path": (lambda: mlp(nn.LayerNorm(4), nn.Tanh()), (3,), "0", "layer_norm.* mixes the channels"),
     "group norm": (lambda: mlp(nn.GroupNorm(2, 4), nn.Tanh()), (3,), "0", "group_norm.* mixes the channels"),
@@ -235,8 +226,6 @@ REFUSALS = {
     "old weight norm": (lambda: old_weight_norm(mlp(), 0), (3,), "0", "parametrized"),
     "frozen producer": (lambda: frozen(mlp(), 0), (3,), "0", "the layer is frozen"),
     "frozen consumer": (lambda: frozen(mlp(), 2), (3,), "0", "consumer 2 is frozen"),
-    "grouped": (grouped, IMAGE, "0", "grouped convolution"),
-    "consumer grouped": (group_consumer, (2, 6), "0", "grouped"),
     "output": (mlp, (3,), "2", "output layer"),
     "also an output": (also_output, (3,), "a", "output layer"),
     "unused": (unused, (3,), "b", "the loss does not use it"),

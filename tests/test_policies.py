@@ -376,10 +376,12 @@ def test_prices_are_what_one_more_neuron_costs(name):
     found = prices(model, probe, GrowthPolicy(per="flop"), layers)
     for layer in layers:
         wide = copy.deepcopy(model)
-        grow(wide, replace(plan_of(layers), moves=(duplicate(model, layer, 0),)))
+        neurons = range(0, layer.width, layer.width // layer.groups) if layer.groups > 1 else [0]
+        grow(wide, replace(plan_of(layers), moves=tuple(duplicate(model, layer, r) for r in neurons)))
         assert found[layer.name].neuron == 1
-        assert found[layer.name].parameter == count_parameters(wide) - count_parameters(model) > 0
-        assert found[layer.name].flop == count_flops(wide, probe) - count_flops(model, probe) > 0
+        parameters, flops = count_parameters(wide) - count_parameters(model), count_flops(wide, probe)
+        assert found[layer.name].parameter * len(neurons) == parameters > 0
+        assert found[layer.name].flop * len(neurons) == flops - count_flops(model, probe) > 0
 
 
 def plan_of(layers):

@@ -18,7 +18,7 @@ from test_embedding import (
     widths,
 )
 from torch import nn
-from zoo import ZOO
+from zoo import SINGLY, ZOO
 
 from splitwatch.geometry.weights import neuron_weights
 from splitwatch.growth.branch import branch
@@ -30,7 +30,7 @@ from splitwatch.probe import Probe
 from splitwatch.records import SplitWatchError, UnsupportedLayerError
 
 DEPTHWISE = {"inverted bottleneck"}
-SPROUTING = [name for name in ZOO if name not in DEPTHWISE]
+SPROUTING = [name for name in SINGLY if name not in DEPTHWISE]
 # Where a consumer pads with zeros, or has no bias, constants cannot go into its bias.
 NOT_CONSTANT = {("conv+bn", "0"), ("residual blocks", "blocks.0.2"), ("residual blocks", "blocks.1.2"), ("conv1d", "0")}
 CONSTANT = [name for name in SPROUTING if any((name, layer) not in NOT_CONSTANT for layer in ZOO[name].growable)]
@@ -115,7 +115,7 @@ def test_folding_undoes_inactive_units(name, which, count, seed):
     assert_untouched(model, before)
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", SINGLY)
 @settings(max_examples=6, deadline=None)
 @given(which=st.integers(0, 9), data=st.data())
 def test_reduction_undoes_replications_at_once(name, which, data):
@@ -342,7 +342,7 @@ def test_no_dimension_is_claimed_for_several_outputs():
     assert "not known" in str(item)
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", SINGLY)
 def test_a_checkpoint_tells_as_much_as_the_model(name, tmp_path):
     model, probe, layers = case(name)
     wide = model

@@ -107,6 +107,22 @@ class InvertedBottleneck(nn.Module):
         return self.project(F.silu(self.norm(self.depth(F.silu(self.expand(x)))))).mean((2, 3))
 
 
+class GroupedBlock(nn.Module):
+    """A residual block as in ResNeXt: dense → grouped → dense convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(2, 4, 3, padding=1), nn.Linear(4, 3)
+        self.block = nn.Sequential(
+            nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4), nn.SiLU(), nn.Conv2d(4, 4, 3, padding=1, groups=2),
+            nn.BatchNorm2d(4), nn.SiLU(), nn.Conv2d(4, 4, 1),
+        )  # fmt: skip
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head((x + self.block(x)).mean((2, 3)))
+
+
 @dataclass(frozen=True)
 class Case:
     build: Callable[[], nn.Module]
@@ -187,5 +203,9 @@ ZOO = {
     "concatenation": Case(Concatenated, (4,), ("left", "right")),
     "nested, data-dependent": Case(Branching, (4,), ("layers.a.0",)),
     "inverted bottleneck": Case(InvertedBottleneck, (2, 5, 5), ("expand",)),
+    "grouped": Case(GroupedBlock, (2, 5, 5), ("block.0", "block.3")),
     "activation after pooling": Case(swish_after_pool, (2, 8), ("0",)),
 }
+
+SINGLY = [name for name in ZOO if name != "grouped"]
+"""Networks whose neurons can be copied one by one, and dropped again."""

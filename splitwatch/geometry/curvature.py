@@ -20,8 +20,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from splitwatch.geometry.ends import channels, incoming_sizes, lift, outgoing_gradient, producer_seats, reader_seats
 from splitwatch.geometry.response import Pattern, Response
-from splitwatch.geometry.weights import extract_columns, insert_columns, outgoing_weights
+from splitwatch.geometry.weights import insert_columns, outgoing_weights
 from splitwatch.probe import LayerTrace
 from splitwatch.ranks import summed
 from splitwatch.records import HiddenLayer
@@ -35,20 +36,26 @@ class InnerCurvature:
     """
 
     def __init__(self, trace: LayerTrace, pattern: Pattern | None = None) -> None:
-        self.response = Response(trace, pattern)
-        self.trace = replace(trace, consumers=tuple(consumer.hollow() for consumer in trace.consumers))
+        hollow = tuple(consumer.hollow() for consumer in trace.consumers)
+        self._respond(replace(trace, consumers=hollow), Response(trace, pattern))
 
     def restricted(self, rows: Tensor) -> InnerCurvature:
         """The same for some of the k neurons, given by their indices."""
         part = copy.copy(self)
-        part.response = self.response.restricted(rows)
+        part._respond(self.trace, self.response.restricted(rows))
         return part
+
+    def _respond(self, trace: LayerTrace, response: Response) -> None:
+        """Take these k neurons, with their seats among the outputs of producers and the inputs of consumers."""
+        self.trace, self.response = trace, response
+        self.seats = producer_seats(trace, response.rows)
+        self.reads = reader_seats(trace, response.rows if response.narrow else None)
 
     # --- between weights and pre-activations ---------------------------------------------------------------------
 
     def lift(self, u: Tensor) -> tuple[Tensor, ...]:
         """Incoming directions (m, d) → their effect on the pre-activations."""
-        return lift(self.trace, u)
+        return lift(self.trace, u, self.seats)
 
     def drop(self, t: Sequence[Tensor]) -> Tensor:
         """The adjoint of ``lift``: pre-activations → (m, d)."""
@@ -56,15 +63,20 @@ class InnerCurvature:
 
     def _columns(self, t: Sequence[Tensor]) -> list[Tensor]:
         columns = []
-        for producer, signal in zip(self.trace.producers, t, strict=True):
-            columns.append(producer.weight_gradient(signal).flatten(1))
+        for producer, signal, seats in zip(self.trace.producers, t, self.seats, strict=True):
+            columns.append(producer.weight_gradient(signal, seats).flatten(1))
             if producer.has_bias:
                 columns.append(producer.bias_gradient(signal)[:, None])
         return columns
 
     def total_input(self) -> Tensor:
-        """What a gradient of one everywhere in the pre-activations would be in one neuron's weights, (1, d)."""
-        one = [torch.ones_like(t) for t in self.lift(self.trace.weights[0].new_zeros(1, sum(self.in_sizes)))]
+        """What a gradient of one everywhere in the pre-activations would be in the neurons' weights.
+
+        (k, d), or (1, d) where no producer has groups: then all neurons read the same.
+        """
+        alike = all(p.groups == 1 for p in self.trace.producers)
+        k = 1 if alike else self.response.count
+        one = [torch.ones_like(t) for t in self.lift(self.trace.weights[0].new_zeros(k, sum(self.in_sizes)))]
         return self.drop(one)
 
     @property
@@ -78,19 +90,19 @@ class InnerCurvature:
         """Outgoing directions (k, c) → the cotangents they put on the consumers' inputs."""
         if self._scattered is not None:
             v = v.new_zeros(self.trace.layer.width, v.shape[1]).index_copy_(0, self._scattered, v)
-        items = zip(self.trace.layer.consumers, self.trace.consumers, self.trace.signals, strict=True)
-        cotangents = []
-        for (where, consumer, signal), part in zip(items, v.split(self.out_sizes, dim=1), strict=True):
-            outputs, inputs, *kernel = consumer.weight_shape
-            start, inputs = (0, len(v) * where.stride) if self.response.narrow else (where.start, inputs)
-            weight = insert_columns(part, torch.Size([outputs, inputs, *kernel]), start, where.stride)
-            cotangents.append(consumer.input_gradient(weight, signal))
+        items = zip(self.trace.layer.consumers, self.trace.consumers, self.trace.signals, self.reads, strict=True)
+        cotangents, narrow = [], self.response.narrow
+        for (where, consumer, signal, seats), part in zip(items, v.split(self.out_sizes, dim=1), strict=True):
+            outputs, inputs, *kernel = consumer.columns_shape
+            start, inputs = (0, len(v) * where.stride) if narrow else (where.start, inputs)
+            columns = insert_columns(part, torch.Size([outputs, inputs, *kernel]), start, where.stride)
+            cotangents.append(consumer.input_gradient(columns, signal, seats if narrow else None))
         return tuple(cotangents)
 
     def collect(self, h: Sequence[Tensor]) -> Tensor:
         """The adjoint of ``spread``: gradients ⟨e, V h⟩ in the outgoing weights, (k, c)."""
         blocks = h if self.response.narrow else channels(self.trace, h, 0, self.trace.layer.width)
-        columns = outgoing_gradient(self.trace, blocks)
+        columns = outgoing_gradient(self.trace, blocks, self.reads)
         return columns if self._scattered is None else columns[self._scattered]
 
     @property
@@ -107,7 +119,7 @@ class InnerCurvature:
     def out_sizes(self) -> list[int]:
         """Outgoing weights of one neuron, by consumer."""
         consumers = zip(self.trace.layer.consumers, self.trace.consumers, strict=True)
-        return [c.stride * m.weight_shape[0] * m.weight_shape[2:].numel() for c, m in consumers]
+        return [c.stride * m.columns_shape[0] * m.columns_shape[2:].numel() for c, m in consumers]
 
     # --- the products --------------------------------------------------------------------------------------------
 
@@ -143,36 +155,6 @@ class InnerCurvature:
         rows, size = q.movedim(axis, -1), self.trace.size
         grouped = rows.reshape(size, -1, rows.shape[-1]) if rows.shape[0] % size == 0 else rows.flatten(0, -2)[:, None]
         return grouped.sum(1) * (grouped.shape[0] / size)
-
-
-def channels(trace: LayerTrace, h: Sequence[Tensor], first: int, count: int) -> list[Tensor]:
-    """The channels of some neurons in what the consumers read."""
-    readers = zip(h, trace.layer.consumers, trace.consumers, strict=True)
-    return [x.narrow(m.channel_axis, c.start + first * c.stride, count * c.stride) for x, c, m in readers]
-
-
-def outgoing_gradient(trace: LayerTrace, blocks: Sequence[Tensor]) -> Tensor:
-    """∂L/∂v (k, c) of one batch's mean loss for neurons whose ``channels`` are these, whatever made them."""
-    parts = []
-    readers = zip(blocks, trace.layer.consumers, trace.consumers, trace.signals, strict=True)
-    for block, where, consumer, signal in readers:
-        gradient = consumer.at(block).weight_gradient(signal)
-        parts.append(extract_columns(gradient, gradient.shape[1] // where.stride, 0, where.stride))
-    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-
-
-def incoming_sizes(trace: LayerTrace) -> list[int]:
-    """Incoming weights of one neuron, by producer."""
-    return [p.weight_shape[1:].numel() + p.has_bias for p in trace.producers]
-
-
-def lift(trace: LayerTrace, u: Tensor) -> tuple[Tensor, ...]:
-    """Incoming directions (k, d) of any number of neurons → their effect on the pre-activations, k channels each."""
-    parts = []
-    for producer, part in zip(trace.producers, u.split(incoming_sizes(trace), dim=1), strict=True):
-        weight = part[:, : producer.weight_shape[1:].numel()].reshape(len(u), *producer.weight_shape[1:])
-        parts.append(producer(weight, part[:, -1].contiguous() if producer.has_bias else None))
-    return tuple(parts)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -222,8 +204,8 @@ class LayerCurvature:
         return self._mean(lambda part: part.joint(u, v, kappa, gamma))
 
     def mean_input(self) -> Tensor:
-        """The direction of the mean input of a neuron, which its curvature often stretches most, (d,)."""
-        return torch.nn.functional.normalize(self._mean(lambda part: part.total_input())[0], dim=0)
+        """The direction of the mean input of a neuron, which its curvature often stretches most, (k, d) or (1, d)."""
+        return torch.nn.functional.normalize(self._mean(lambda part: part.total_input()), dim=1)
 
     def proven(self) -> Tensor:
         """Whose S ⪰ 0 and whose S ⪯ 0 by the sign of φ'' at every sample, (k, 2) bool; most often nothing is proven."""

@@ -52,7 +52,7 @@ def layer_curvature(
 ) -> LayerCurvature:
     """The curvature of some neurons of one hidden layer, all by default, on one half of the probe."""
     if isinstance(layer, str):
-        (layer,) = select_layers(find_hidden_layers(model, probe), [layer])
+        (layer,) = select_layers(find_hidden_layers(model, probe), [layer], to_measure=True)
     chosen = range(layer.width) if neurons is None else neurons
     if not all(0 <= r < layer.width for r in chosen):
         raise SplitWatchError(f"neurons: required indices from 0 to {layer.width - 1}, found {list(chosen)}")

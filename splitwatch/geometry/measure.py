@@ -67,9 +67,11 @@ def resolve_layers(
     """The hidden layers meant by a ``layers`` argument; of records from ``find_hidden_layers``, the growable ones."""
     if layers is not None and all(isinstance(layer, HiddenLayer) for layer in layers):
         records = [layer for layer in layers if isinstance(layer, HiddenLayer)]
-        return select_layers(records, None) or select_layers(records, [layer.name for layer in records])
+        return select_layers(records, None) or select_layers(
+            records, [layer.name for layer in records], to_measure=True
+        )
     names = None if layers is None else [layer if isinstance(layer, str) else layer.name for layer in layers]
-    return select_layers(find_hidden_layers(model, probe), names)
+    return select_layers(find_hidden_layers(model, probe), names, to_measure=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +161,7 @@ def _fit(
     inner = solve(InnerHessian(curvature), n=d, start=start)
     gram = solve(CouplingGram(curvature, across), n=d, ends="max", start=start)
     operator = EscapeOperator(curvature, across, *escape_weights())
+    wanted = wanted if curvature.layer.groups == 1 else None  # a round takes the lowest of every group
     escape = solve(operator, n=d + c, ends="min", start=operator.start(inner.min_vector), wanted=wanted)
     escape_in, escape_out = escape.min_vector.split([d, c], dim=1)
     return {

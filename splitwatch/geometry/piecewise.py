@@ -89,7 +89,7 @@ def piecewise_layer(
         SplitWatchError: a neuron does not exist.
     """
     if isinstance(layer, str):
-        (layer,) = select_layers(find_hidden_layers(model, probe), [layer])
+        (layer,) = select_layers(find_hidden_layers(model, probe), [layer], to_measure=True)
     chosen = tuple(range(layer.width) if neurons is None else neurons)
     if not chosen or not all(0 <= r < layer.width for r in chosen):
         raise SplitWatchError(f"neurons: required indices from 0 to {layer.width - 1}, found {list(chosen)}")

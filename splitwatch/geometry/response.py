@@ -152,14 +152,15 @@ class Response:
         """
         blocks = [block for row in self.bends or () for block in row if block is not None]
         if self.bends is None or (blocks and len(self.bends) > 1):
-            return torch.zeros(self._k, 2, dtype=torch.bool, device=self.like.device)
+            return torch.zeros(self.count, 2, dtype=torch.bool, device=self.like.device)
         if not blocks:
-            return torch.ones(self._k, 2, dtype=torch.bool, device=self.like.device)
+            return torch.ones(self.count, 2, dtype=torch.bool, device=self.like.device)
         rows = blocks[0].movedim(self.axis, 0).flatten(1)
         return torch.stack([rows.amin(1) >= 0, rows.amax(1) <= 0], dim=1)
 
     @property
-    def _k(self) -> int:
+    def count(self) -> int:
+        """K."""
         return self.shapes[0][self.axis] if self.rows is None else len(self.rows)
 
     def bend(self, t: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -9,12 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from splitwatch.anatomy import plain_module
+from splitwatch.grouped import by_channel
 from splitwatch.precision import upcast
 from splitwatch.records import HiddenLayer
 
 
 def extract_columns(weight: Tensor, m: int, start: int, stride: int) -> Tensor:
-    """The columns of a consumer's weight that read m neurons, as (m, c)."""
+    """The columns of a consumer's weight that read m neurons, as (m, c).
+
+    A grouped convolution's weight is to be given by input channel (``grouped.by_channel``).
+    """
     block = weight.narrow(1, start, m * stride).unflatten(1, (m, stride))
     return block.movedim(1, 0).flatten(1)
 
@@ -39,7 +43,7 @@ def incoming_weights(weights: Sequence[Tensor], biases: Sequence[Tensor | None])
 
 
 def outgoing_weights(layer: HiddenLayer, readers: Sequence[Tensor]) -> Tensor:
-    """The consumers' weights as one row a neuron, (m, c)."""
+    """The consumers' weights, given by input channel, as one row a neuron, (m, c)."""
     pairs = zip(layer.consumers, readers, strict=True)
     return torch.cat([extract_columns(weight, layer.width, c.start, c.stride) for c, weight in pairs], dim=1)
 
@@ -48,7 +52,10 @@ def neuron_weights(model: nn.Module, layer: HiddenLayer) -> tuple[Tensor, Tensor
     """Incoming weights w (m, d) and outgoing weights v (m, c) of a hidden layer, detached, float32 at least."""
     producers: list[Any] = [plain_module(model, name) for name in layer.producers]
     consumers: list[Any] = [plain_module(model, consumer.name) for consumer in layer.consumers]
-    readers = [upcast(module.weight.detach()) for module in consumers]
+    readers = [
+        by_channel(upcast(module.weight.detach()), c.groups)
+        for c, module in zip(layer.consumers, consumers, strict=True)
+    ]
     biases = [None if module.bias is None else upcast(module.bias.detach()) for module in producers]
     weights = [upcast(module.weight.detach()) for module in producers]
     return incoming_weights(weights, biases), outgoing_weights(layer, readers)

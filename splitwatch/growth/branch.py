@@ -102,7 +102,8 @@ def checked_layers(model: nn.Module, layers: Iterable[HiddenLayer], tolerance: f
 
 def replicas(model: nn.Module, layer: HiddenLayer, tolerance: float) -> Groups:
     """Groups of neurons that agree with the first one of their group; every neuron is in one of them."""
-    equal = torch.ones(layer.width, layer.width, dtype=torch.bool)
+    group = torch.tensor([layer.group(r) for r in range(layer.width)])
+    equal = group[:, None] == group  # others read other channels, or are read by others
     for values in _identity(model, layer):
         size = values.norm(dim=1)
         apart = torch.cdist(values, values, compute_mode="donot_use_mm_for_euclid_dist")
@@ -145,9 +146,11 @@ def _identity(model: nn.Module, layer: HiddenLayer) -> list[Tensor]:
 
 
 def _outgoing(model: nn.Module, layer: HiddenLayer) -> list[Tensor]:
-    """Views of the consumers' weights, one block a neuron."""
+    """The consumers' weights, one block a neuron."""
     unchanged = IndexMap(torch.arange(layer.width), layer.width, axis=1)
     return [
-        replace(unchanged, start=c.start, stride=c.stride).blocks(submodule(model, c.name).weight.detach())
+        replace(unchanged, start=c.start, stride=c.stride, groups=c.groups).blocks(
+            submodule(model, c.name).weight.detach()
+        )
         for c in layer.consumers
     ]

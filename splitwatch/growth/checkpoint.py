@@ -42,6 +42,7 @@ class GrowthHistory:
                 entry = layers.setdefault(layer.name, {"widths": [layer.width]})
                 entry["producers"], entry["riders"] = list(layer.producers), list(layer.riders)
                 entry["consumers"] = [[c.name, c.start, c.stride] for c in layer.consumers]
+                entry["groups"] = layer.groups
                 entry["widths"] = [*entry["widths"], layer.width + added]
                 inserted += [(c.name, c.start, added * c.stride) for c in layer.consumers]
         for consumer in (c for entry in layers.values() for c in entry["consumers"]):
@@ -164,18 +165,18 @@ def _resize(model: nn.Module, state: Mapping[str, Any], prefix: str, layer: Mapp
         return
     width = len(new)
     for name in (*layer["producers"], *layer["riders"]):
-        module = plain_module(model, name)
-        _set_width(module, rows(module).tensors, 0, width)
-        for size in rows(module).sizes:
+        fields = rows(module := plain_module(model, name))
+        _set_width(module, fields.tensors, 0, width)
+        for size in fields.sizes:
             setattr(module, size, width)
     for name, _, stride in layer["consumers"]:
         module: Any = plain_module(model, name)
         saved = state.get(f"{prefix}{name}.weight")
-        inputs = module.weight.shape[1] if saved is None else saved.shape[1]
-        if (inputs - module.weight.shape[1]) % stride == 0:
+        inputs, groups = module.weight.shape[1] if saved is None else saved.shape[1], getattr(module, "groups", 1)
+        if (inputs - module.weight.shape[1]) * groups % stride == 0:
             _set_width(module, columns(module).tensors, 1, inputs)
             for size in columns(module).sizes:
-                setattr(module, size, inputs)
+                setattr(module, size, inputs * groups)
 
 
 def _set_width(module: nn.Module, names: tuple[str, ...], axis: int, width: int) -> None:

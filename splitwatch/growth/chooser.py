@@ -9,6 +9,7 @@ from torch import nn
 from splitwatch.growth.cost import fitting
 from splitwatch.growth.policy import GrowthPolicy
 from splitwatch.growth.search import NO_ROOM, weighed
+from splitwatch.growth.widening import widenings
 from splitwatch.probe import Probe
 from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, Split, SplitWatchError, Sprout
 
@@ -35,6 +36,7 @@ def plan_chosen(
                 f"moves: required Split or Sprout records from {name}, found {type(move).__name__}; "
                 "return a list of them, empty where nothing is to grow"
             )
+    widenings(model, GrowthPlan(layers, tuple(chosen), ""))  # what does not fit is refused, not left out
     moves = fitting(model, probe, policy, layers, chosen)
     if not moves:
         return GrowthPlan(layers, (), NO_ROOM if chosen else f"growth would not help here: {name} proposes no move")

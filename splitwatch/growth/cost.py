@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
+from itertools import chain
 from math import inf
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from splitwatch.geometry.weights import neuron_weights
 from splitwatch.growth.grow import count_parameters, widened
 from splitwatch.growth.policy import GrowthPolicy
+from splitwatch.growth.rounds import rounds
 from splitwatch.probe import Probe
 from splitwatch.ranks import summed_number
 from splitwatch.records import GrowthPlan, HiddenLayer, Move, Split
@@ -74,10 +76,13 @@ def size_with(
 
 
 def prices(model: nn.Module, probe: Probe, policy: GrowthPolicy, layers: Sequence[HiddenLayer]) -> dict[str, Size]:
-    """What one more neuron of each layer costs, the others left as they are."""
-    before = size(model, probe, policy)
-    alone = {x.name: size_with(model, probe, policy, layers, [duplicate(model, x, 0)]) for x in layers}
-    return {name: after.less(before) for name, after in alone.items()}
+    """What one more neuron of each layer costs, the others left as they are; in a grouped one its share of a round."""
+    before, found = size(model, probe, policy), {}
+    for x in layers:
+        one_round = [duplicate(model, x, group * x.width // x.groups) for group in range(x.groups)]
+        more = size_with(model, probe, policy, layers, one_round).less(before)
+        found[x.name] = Size(*(value / x.groups for value in astuple(more)))
+    return found
 
 
 def fitting(
@@ -87,13 +92,13 @@ def fitting(
     layers: Sequence[HiddenLayer],
     moves: Sequence[Move],
 ) -> tuple[Move, ...]:
-    """As many of the first moves as keep within the budgets: neighbours that grow together cost more."""
-    limit = limits(model, policy)
+    """As many of the first whole rounds as keep within the budgets: neighbours that grow together cost more."""
+    limit, parts = limits(model, policy), rounds(layers, moves)
 
     def exceeds(count: int) -> bool:
-        return limit.less(size_with(model, probe, policy, layers, moves[:count])).overdrawn
+        return limit.less(size_with(model, probe, policy, layers, [*chain(*parts[:count])])).overdrawn
 
-    return tuple(moves[: bisect_left(range(1, len(moves) + 1), True, key=exceeds)])
+    return tuple(chain(*parts[: bisect_left(range(1, len(parts) + 1), True, key=exceeds)]))
 
 
 def duplicate(model: nn.Module, layer: HiddenLayer, neuron: int, coefficients: Sequence[float] = (0.5, 0.5)) -> Split:

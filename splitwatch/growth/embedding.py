@@ -47,7 +47,8 @@ def critical_embedding(model: nn.Module, layer: HiddenLayer, neuron: int, coeffi
     Args:
         model: the narrow network, left as it is.
         layer: one of its hidden layers.
-        neuron: which neuron; the first copy stands in its place, the others after the layer's last neuron.
+        neuron: which neuron; the first copy stands in its place, the others after the layer's last neuron. Beside
+            grouped convolutions one neuron alone cannot be replaced, see ``unit_replication``.
         coefficients: λ (k,), any real numbers that sum to 1, zeros and negative ones included.
 
     Raises:
@@ -68,7 +69,8 @@ def unit_replication(
         model: the narrow network, left as it is.
         layer: one of its hidden layers.
         neurons: n different neurons; the first copy of each stands in its place, the others after the layer's last
-            neuron, in the order of the rows.
+            neuron, in the order of the rows. Beside grouped convolutions they stand after the last one of their group,
+            and groups have to grow alike.
         coefficients: one row of λ per neuron, (n, k) or rows of different lengths; each row is a point of the affine
             hyperplane Σ_j λ_j = 1, zeros and negative entries included.
 
@@ -100,8 +102,8 @@ def inactive_propagation(model: nn.Module, layer: HiddenLayer, incoming: Tensor)
 
     Raises:
         SplitWatchError: the weights have another shape, or layer and model do not fit.
-        UnsupportedLayerError: the layer cannot be widened, or has a depthwise convolution, which has no kernel for a
-            new neuron.
+        UnsupportedLayerError: the layer cannot be widened, has a depthwise convolution, which has no kernel for a new
+            neuron, or stands beside a grouped one, where a new neuron has no group.
 
     Source: Fukumizu et al. 2019 (inactive propagation); zero-output neurons in Zhang, Zhang & Luo 2024.
     """

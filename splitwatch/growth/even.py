@@ -17,7 +17,8 @@ from splitwatch.growth.grow import widened
 from splitwatch.growth.mixture import counted, holds_sprouts
 from splitwatch.growth.policy import GrowthPolicy
 from splitwatch.growth.pursuit import Seedlings, pursue, sized
-from splitwatch.growth.search import NO_ROOM, OFFSETS, advance, confirmed_plan, searched, stretch
+from splitwatch.growth.rounds import whole_rounds
+from splitwatch.growth.search import OFFSETS, advance, confirmed_plan, no_room, searched, stretch
 from splitwatch.growth.splits import best_splits
 from splitwatch.probe import Probe
 from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, Split
@@ -47,7 +48,7 @@ def plan_even(
     """
     counts, ratio = _counts(model, probe, policy, layers)
     if not any(counts.values()):
-        return GrowthPlan(layers, (), NO_ROOM)
+        return GrowthPlan(layers, (), no_room(layers))
     able = [layer for layer in layers if counts[layer.name] and holds_sprouts(layer)]
     found = [
         pursue(model, layer, probe, counts[layer.name], geometry.get(layer.name), max_bytes=policy.max_bytes)
@@ -116,7 +117,7 @@ def _counts(
     bounded = min(astuple(limit)) < inf
 
     def counts(grains: int) -> dict[str, int]:
-        return {layer.name: int(more * grains / GRAIN * layer.width + 0.5) for layer in layers}
+        return {x.name: x.groups * int(more * grains / GRAIN * x.width / x.groups + 0.5) for x in layers}
 
     def exceeds(grains: int) -> bool:
         moves = [move for x in layers for move in _duplicates(model, x, counts(grains)[x.name])]
@@ -134,7 +135,9 @@ def _shares(width: int, count: int) -> list[int]:
 
 def _duplicates(model: nn.Module, layer: HiddenLayer, count: int) -> list[Split]:
     """So many new neurons, without offsets."""
-    return [duplicate(model, layer, r, [1 / k] * k) for r, k in enumerate(_shares(layer.width, count))]
+    each = whole_rounds([layer], [duplicate(model, layer, r) for r in range(layer.width)])
+    shares = zip(each, _shares(layer.width, count), strict=False)
+    return [duplicate(model, layer, move.neuron, [1 / k] * k) for move, k in shares]
 
 
 def _splits(
@@ -153,7 +156,7 @@ def _splits(
     best.sort(key=lambda move: -move.predicted_decrease)
     incoming, outgoing = neuron_weights(model, layer)
     moves = []
-    for move, k in zip(best, _shares(layer.width, count), strict=False):
+    for move, k in zip(whole_rounds([layer], best), _shares(layer.width, count), strict=False):
         assert isinstance(move, Split)
         size = float(torch.cat([incoming[move.neuron], outgoing[move.neuron]]).norm())
         moves.append(move if k == 2 else _in_line(move, k, geometry, size))

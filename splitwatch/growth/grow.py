@@ -18,6 +18,7 @@ from splitwatch.growth.checkpoint import remember
 from splitwatch.growth.optimizer import exchange
 from splitwatch.growth.statistics import moved_channels, renew_statistics
 from splitwatch.growth.surgery import Surgery, prepare
+from splitwatch.growth.widening import IndexMap, submodule, widenings
 from splitwatch.probe import Probe
 from splitwatch.ranks import largest_over_ranks
 from splitwatch.records import GrowthPlan, Split, SplitWatchError
@@ -138,7 +139,7 @@ def _drift(model: nn.Module, plan: GrowthPlan, probe: Probe, precision: torch.dt
     """Relative change of what the widened layers' consumers put out when copies have no offset yet."""
     grown = {move.layer for move in plan.moves}
     consumers = sorted({c.name for layer in plan.layers if layer.name in grown for c in layer.consumers})
-    before = probe.outputs(model, consumers)
+    before, kept = probe.outputs(model, consumers), _kept(model, plan)
     try:
         with widened(model, plan, offsets=False):
             after = probe.outputs(model, consumers)
@@ -149,7 +150,8 @@ def _drift(model: nn.Module, plan: GrowthPlan, probe: Probe, precision: torch.dt
             f"model: required a forward pass that follows the modules' widths, found a failure after widening "
             f"{sorted(grown)}: {error}; look for sizes written into the code (such as view(-1, 128))"
         ) from error
-    drift = max((_relative(a, b) for a, b in zip(after, before, strict=True)), default=0.0)
+    pairs = zip(consumers, after, before, strict=True)
+    drift = max((_relative(_at(a, kept.get(name)), b) for name, a, b in pairs), default=0.0)
     drift = largest_over_ranks(drift if isfinite(drift) else inf)  # every rank goes on, or none
     bound = max(_DRIFT_BOUNDS[dtype] for dtype in (precision, before[0].dtype)) * _amplification(plan)
     if not drift <= bound:
@@ -165,9 +167,20 @@ def _amplification(plan: GrowthPlan) -> float:
     return max((sum(map(abs, move.coefficients)) for move in plan.moves if isinstance(move, Split)), default=1.0)
 
 
+def _kept(model: nn.Module, plan: GrowthPlan) -> dict[str, tuple[int, Tensor]]:
+    """Where modules that are widened put out the neurons they had: the axis, and the places along it."""
+    found = {}
+    for widening in widenings(model, plan):
+        first = IndexMap(widening.source, widening.layer.width).first
+        found |= {name: (1 - submodule(model, name).weight.ndim, first) for name in widening.layer.producers}
+    return found
+
+
+def _at(output: Tensor, kept: tuple[int, Tensor] | None) -> Tensor:
+    return output if kept is None else output.index_select(kept[0], kept[1].to(output.device))
+
+
 def _relative(new: Tensor, old: Tensor) -> float:
-    # A consumer that is itself widened keeps its neurons where they were and puts out the copies after them.
-    new = new[tuple(slice(0, n) for n in old.shape)]
     scale = float(old.double().norm())
     change = float((new.double() - old.double()).norm())
     return change / scale if scale else change

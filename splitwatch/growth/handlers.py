@@ -54,7 +54,7 @@ def _(module: nn.Linear) -> Fields:
 
 @rows.register
 def _(module: _ConvNd) -> Fields:
-    depthwise = module.groups > 1
+    depthwise = module.weight.shape[1] == 1 and module.groups == len(module.weight) > 1
     sizes = ("in_channels", "out_channels", "groups") if depthwise else ("out_channels",)
     return Fields(("weight", "bias"), sizes)
 

@@ -55,6 +55,8 @@ def mix(
     if plans:
         return _chosen(model, plans, probe)
     nothing = "growth would not help here: no new neuron is possible that explains a slope of the loss"
+    if not any(map(holds_sprouts, layers)):
+        nothing = "growth would not help here: beside depthwise and grouped convolutions neurons can only be split"
     none = NO_ROOM if items or policy.max_neurons == 0 else nothing if splits.moves else splits.reason
     return GrowthPlan(layers, (), none)
 
@@ -79,8 +81,8 @@ def _pursued(
 
 
 def holds_sprouts(layer: HiddenLayer) -> bool:
-    """Whether a layer can hold new neurons; a depthwise convolution would need a kernel for each."""
-    return not any("conv" in operation for operation in layer.operations)
+    """Whether a layer can hold new neurons; a depthwise convolution would need a kernel for each, groups a place."""
+    return layer.groups == 1 and not any("conv" in operation for operation in layer.operations)
 
 
 def _sprouts(model: nn.Module, found: Sequence[Seedlings], order: Sequence[Sprout], probe: Probe) -> tuple[Sprout, ...]:

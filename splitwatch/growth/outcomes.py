@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby, pairwise
+from itertools import chain, groupby, pairwise
 from typing import Final
 
 from torch import nn
 
 from splitwatch.events import Outcome
 from splitwatch.growth.grow import widened
+from splitwatch.growth.rounds import rounds
 from splitwatch.probe import Probe
 from splitwatch.records import GrowthPlan, LayerGeometry, Move, Split
 
@@ -38,7 +39,7 @@ def outcomes(
     """
     if not plan.moves:
         return ()
-    parts = _parts(plan.moves, geometry or {})
+    parts = _parts(rounds(plan.layers, plan.moves), geometry or {})
     start = probe.loss(model, "held_out")
     whole = _loss(model, plan, parts, probe)
     there = [start, *(_loss(model, plan, parts[:i], probe) for i in range(1, len(parts))), whole]
@@ -58,17 +59,17 @@ def certified(move: Move, geometry: Mapping[str, LayerGeometry]) -> bool:
     return bool((measured.negative | measured.positive)[move.neuron])
 
 
-def _parts(moves: Sequence[Move], geometry: Mapping[str, LayerGeometry]) -> list[tuple[Move, ...]]:
-    """Moves one by one, or like ones of a layer in at most so many parts."""
+def _parts(moves: Sequence[tuple[Move, ...]], geometry: Mapping[str, LayerGeometry]) -> list[tuple[Move, ...]]:
+    """Rounds of moves one by one, or like ones of a layer in at most so many parts."""
     if len(moves) <= PARTS:
-        return [(move,) for move in moves]
+        return [*moves]
 
-    def like(move: Move) -> tuple[str, str, bool]:
-        return type(move).__name__, move.layer, certified(move, geometry)
+    def like(part: tuple[Move, ...]) -> tuple[str, str, bool]:
+        return type(part[0]).__name__, part[0].layer, all(certified(move, geometry) for move in part)
 
     runs = [tuple(run) for _, run in groupby(sorted(moves, key=like), key=like)]
     share = max(1, -(-len(moves) // max(1, PARTS - len(runs))))
-    return [run[i : i + share] for run in runs for i in range(0, len(run), share)]
+    return [tuple(chain(*run[i : i + share])) for run in runs for i in range(0, len(run), share)]
 
 
 def _loss(model: nn.Module, plan: GrowthPlan, parts: Sequence[Sequence[Move]], probe: Probe) -> float:

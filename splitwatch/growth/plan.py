@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -11,7 +12,8 @@ from splitwatch.growth.even import plan_even
 from splitwatch.growth.mixture import mix
 from splitwatch.growth.policy import GrowthPolicy
 from splitwatch.growth.preserve import plan_preserving
-from splitwatch.growth.search import NO_ROOM, confirmed_plan, searched, within_budget
+from splitwatch.growth.rounds import missing, rounds
+from splitwatch.growth.search import confirmed_plan, no_room, searched, within_budget
 from splitwatch.growth.splits import split_candidates, why_none
 from splitwatch.layers import find_hidden_layers, select_layers
 from splitwatch.probe import Probe
@@ -37,7 +39,8 @@ def plan_growth(
 
     Args:
         model: the network, left as it was.
-        geometry: what ``measure_geometry`` returned for it; "even" moves do without, ``{}``.
+        geometry: what ``measure_geometry`` returned for it; "even" moves do without, ``{}``. Layers that can only be
+            measured are left out, with the reason.
         probe: the batches the geometry was measured on.
         policy: budgets and coefficients.
         layers: what ``find_hidden_layers`` found, where that is at hand; it is found again otherwise.
@@ -51,18 +54,32 @@ def plan_growth(
     policy = policy or GrowthPolicy()
     found = find_hidden_layers(model, probe) if layers is None else layers
     even = policy.moves == "even"
+    fixed = [x for x in found if x.name in geometry and x.measurable and not x.growable and not policy.layers]
+    measured_only = {layer.name for layer in fixed}
     names = policy.layers or ([*geometry] or None if even else geometry)
-    layers = select_layers(found, None if names is None else list(names))
+    layers = select_layers(found, None if names is None else [name for name in names if name not in measured_only])
     measured = {layer.name: _of(geometry, layer) for layer in layers if not even or layer.name in geometry}
+    plan = _planned(model, measured, probe, policy, layers)
+    return replace(plan, reason="; left out: ".join([plan.reason, *map(str, fixed)]))
+
+
+def _planned(
+    model: nn.Module,
+    geometry: Mapping[str, LayerGeometry],
+    probe: Probe,
+    policy: GrowthPolicy,
+    layers: tuple[HiddenLayer, ...],
+) -> GrowthPlan:
+    """The plan for some layers by what the policy's moves are."""
     if policy.chooser:
-        return plan_chosen(model, measured, probe, policy, layers)
+        return plan_chosen(model, geometry, probe, policy, layers)
     if policy.moves == "preserve":
-        return plan_preserving(model, measured, probe, policy, layers)
-    if even:
-        return plan_even(model, measured, probe, policy, layers)
-    plan = _splits(model, measured, probe, policy, layers)
+        return plan_preserving(model, geometry, probe, policy, layers)
+    if policy.moves == "even":
+        return plan_even(model, geometry, probe, policy, layers)
+    plan = _splits(model, geometry, probe, policy, layers)
     if policy.moves in {"mixed", "sprouts"}:
-        return mix(model, plan, measured, probe, policy)
+        return mix(model, plan, geometry, probe, policy)
     return confirmed_plan(model, searched(model, plan, probe), probe) if plan else plan
 
 
@@ -78,8 +95,10 @@ def _splits(
     confirmed = [item for item in candidates if item.confirmed]
     if not confirmed:
         return GrowthPlan(layers, (), why_none(candidates, policy.moves == "certified"))
+    if not rounds(layers, [item.move for item in confirmed]):
+        return GrowthPlan(layers, (), missing(layers, [item.move for item in confirmed]))
     moves = within_budget(model, layers, confirmed, probe, policy)
-    return GrowthPlan(layers, moves, f"{len(moves)} of {len(candidates)} neurons split" if moves else NO_ROOM)
+    return GrowthPlan(layers, moves, f"{len(moves)} of {len(candidates)} neurons split" if moves else no_room(layers))
 
 
 def _of(geometry: Mapping[str, LayerGeometry], layer: HiddenLayer) -> LayerGeometry:

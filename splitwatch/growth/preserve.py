@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -13,10 +13,11 @@ from splitwatch.geometry.diagnose import diagnose_splits
 from splitwatch.geometry.plateau import classify_split
 from splitwatch.growth.cost import duplicate
 from splitwatch.growth.policy import GrowthPolicy
-from splitwatch.growth.search import NO_ROOM, Candidate, weighed, within_budget
+from splitwatch.growth.rounds import missing, rounds, whole_rounds
+from splitwatch.growth.search import NO_ROOM, Candidate, no_room, weighed, within_budget
 from splitwatch.growth.splits import preferences
 from splitwatch.probe import Probe
-from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, PlateauVerdict
+from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, Move, PlateauVerdict
 
 IDEAL: Final = "nondegenerate_minimum"  # what the narrow point is taken to be
 
@@ -42,15 +43,21 @@ def plan_preserving(
             candidates.append(Candidate(move))
         else:
             refused[verdict.reason] += 1
-        if len(candidates) == policy.max_neurons:
+        if policy.max_neurons is not None and len(whole_rounds(layers, _moves(candidates))) >= policy.max_neurons:
             break
     if not candidates:
         return GrowthPlan(layers, (), _why_none(refused) if policy.max_neurons != 0 else NO_ROOM)
+    if not rounds(layers, _moves(candidates)):
+        return GrowthPlan(layers, (), missing(layers, _moves(candidates)))
     moves = within_budget(model, layers, candidates, probe, policy)
     if not moves:
-        return GrowthPlan(layers, (), NO_ROOM)
+        return GrowthPlan(layers, (), no_room(layers))
     total = sum(layer.width for layer in layers)
     return weighed(model, GrowthPlan(layers, moves, f"{len(moves)} of {total} neurons split, a minimum kept"), probe)
+
+
+def _moves(candidates: Sequence[Candidate]) -> list[Move]:
+    return [item.move for item in candidates]
 
 
 def _verdicts(

@@ -79,7 +79,8 @@ def critical_reduction(
 
     Args:
         model: the wide network, left as it is.
-        layers: its hidden layers; those that cannot be widened are passed over.
+        layers: its hidden layers; those that cannot be widened are passed over, and those beside grouped convolutions,
+            whose groups would have to shrink alike.
         tolerance: two neurons agree if their incoming weights (bias included, producer by producer) and the entries
             of BatchNorm, PReLU and depthwise convolutions differ by at most this relative to the larger. Outgoing
             weights count as zero up to this times the layer's largest, consumer by consumer; so do incoming weights
@@ -93,7 +94,7 @@ def critical_reduction(
     Source: Zhang, Zhang & Luo 2024, Def. 4.4 (critical reduction); folding undoes the inactive units of Fukumizu et
     al. 2019.
     """
-    given = checked_layers(model, layers, tolerance)
+    given = tuple(layer for layer in checked_layers(model, layers, tolerance) if layer.groups == 1)
     work = _Reducer(copy.deepcopy(model), given, tolerance, probe)
     while any([work.merge(layer.name) or work.fold(layer.name) for layer in given]):
         pass

@@ -11,6 +11,7 @@ from torch import nn
 from splitwatch.growth.cost import fitting, limits, prices, size
 from splitwatch.growth.grow import widened
 from splitwatch.growth.policy import GrowthPolicy
+from splitwatch.growth.rounds import rounds
 from splitwatch.probe import Probe
 from splitwatch.records import GrowthPlan, HiddenLayer, Move, Split, Sprout
 
@@ -24,6 +25,12 @@ FARTHEST = 32.0
 """How far a line search goes on while it does not pass its best size."""
 
 NO_ROOM = "the budget allows no new neuron"
+
+
+def no_room(layers: Sequence[HiddenLayer]) -> str:
+    """Why there is no move where the budgets hold none of the candidates."""
+    grouped = [f"{layer.groups} in {layer.name}" for layer in layers if layer.groups > 1]
+    return NO_ROOM + (f"; beside grouped convolutions a round of them is {', '.join(grouped)}" if grouped else "")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,16 +54,17 @@ def within_budget(
     """The best candidates that the budgets allow, by predicted decrease per neuron, parameter or operation."""
     price = prices(model, probe, policy, layers)
 
-    def score(item: Candidate) -> float:
-        move = item.move
-        return move.predicted_decrease / (getattr(price[move.layer], policy.per) * move.added)
+    def score(*moves: Move) -> float:
+        cost = getattr(price[moves[0].layer], policy.per) * sum(move.added for move in moves)
+        return sum(move.predicted_decrease for move in moves) / cost
 
     room = limits(model, policy).less(size(model, probe, policy))
     chosen: list[Move] = []
-    for item in sorted(candidates, key=lambda item: -score(item)):
-        left = room.less(price[item.move.layer], item.move.added)
+    best_first = sorted((item.move for item in candidates), key=lambda move: -score(move))
+    for part in sorted(rounds(layers, best_first), key=lambda part: -score(*part)):
+        left = room.less(price[part[0].layer], sum(move.added for move in part))
         if not left.overdrawn:
-            chosen.append(item.move)
+            chosen += part
             room = left
     return fitting(model, probe, policy, layers, chosen)
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from splitwatch.geometry.curvature import channels, incoming_sizes, lift, outgoing_gradient
+from splitwatch.geometry.ends import channels, incoming_sizes, lift, outgoing_gradient
 from splitwatch.geometry.weights import neuron_weights
 from splitwatch.growth.grow import widened
 from splitwatch.probe import LayerTrace, Probe

@@ -20,8 +20,8 @@ _FIELDS = ("weight", "bias", "running_mean", "running_var")
 def stored_redundancy(path: str | os.PathLike[str], tolerance: float = 1e-6) -> dict[str, int | None]:
     """How many neurons of each layer that has grown are redundant; None where the file does not tell.
 
-    It does not tell where the file lacks some of a layer's tensors. Constant neurons are not counted, since finding
-    them takes a probe.
+    It does not tell where the file lacks some of a layer's tensors, nor beside grouped convolutions. Constant neurons
+    are not counted, since finding them takes a probe.
 
     Args:
         path: a Lightning checkpoint or a saved state dict.
@@ -50,7 +50,8 @@ def _is_told(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
 def _layer(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> HiddenLayer:
     consumers = tuple(Consumer(*consumer) for consumer in entry["consumers"])
     width = len(tensors[f"{entry['producers'][0]}.weight"])
-    return HiddenLayer(name, width, tuple(entry["producers"]), consumers, tuple(entry["riders"]))
+    producers, riders = tuple(entry["producers"]), tuple(entry["riders"])
+    return HiddenLayer(name, width, producers, consumers, riders, groups=entry.get("groups", 1))
 
 
 def _stand_in(entries: list[Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> nn.Module:

@@ -1,7 +1,8 @@
 """Apply a plan to modules: every new tensor is made first, then all are put in place, or none.
 
-A widened layer keeps its neurons where they were and appends the copies, so one index map tells for every tensor that
-holds an entry per neuron (weights, biases, BatchNorm statistics, gradients, optimizer state) where its entries go.
+A widened layer keeps its neurons in order and puts the copies behind them, group by group, so one index map tells for
+every tensor that holds an entry per neuron (weights, biases, BatchNorm statistics, gradients, optimizer state) where
+its entries go.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from splitwatch.grouped import by_channel, by_output
 from splitwatch.growth.handlers import Fields, columns, rows
 from splitwatch.growth.widening import IndexMap, Widening, as_column, submodule, widenings
 from splitwatch.records import GrowthPlan, HiddenLayer
@@ -159,14 +161,20 @@ class _Edit:
         return new + offset * as_column(keep, new)
 
     def _columns(self, tensor: Tensor, offsets: bool, rows_before: IndexMap | None) -> Tensor:
-        blocks = _shared_out(self.index.blocks(tensor), self.index.source, self.gain)
+        blocks = _shared_out(self.index, self.index.blocks(tensor), self.gain)
         if offsets and self.offset is not None:
-            channels = len(tensor) if rows_before is None else rows_before.old_width
-            shaped = self.offset.reshape(len(self.offset), channels, self.index.stride, *tensor.shape[2:])
-            if rows_before is not None:
-                shaped = replace(rows_before, axis=0)(shaped.movedim(1, 0)).movedim(0, 1)
-            blocks = blocks + shaped.to(blocks)
+            blocks = blocks + self._column_offsets(self.offset, tensor, rows_before).to(blocks)
         return self.index.put(tensor, blocks)
+
+    def _column_offsets(self, offset: Tensor, tensor: Tensor, rows_before: IndexMap | None) -> Tensor:
+        """Offsets of columns (new width, c) as blocks of them; every copy of a row gets those of its source."""
+        groups, stride = self.index.groups, self.index.stride
+        channels = (len(tensor) if rows_before is None else rows_before.old_width) // groups
+        shaped = offset.reshape(len(offset), channels, stride, *tensor.shape[2:])
+        if rows_before is None:
+            return shaped
+        old = by_output(shaped.movedim(0, 1).flatten(1, 2), groups)
+        return by_channel(rows_before(old), groups).unflatten(1, (-1, stride)).movedim(1, 0)
 
 
 def _edits(model: nn.Module, widening: Widening) -> Iterator[tuple[_Edit, tuple[str, ...]]]:
@@ -191,9 +199,9 @@ def _edits(model: nn.Module, widening: Widening) -> Iterator[tuple[_Edit, tuple[
     position = 0
     for consumer in layer.consumers:
         fields = columns(module := submodule(model, consumer.name))
-        places = IndexMap(widening.source, layer.width, 1, consumer.start, consumer.stride)
+        places = IndexMap(widening.source, layer.width, 1, consumer.start, consumer.stride, consumer.groups)
         for attribute, tensor in _present(module, fields):
-            size = consumer.stride * len(tensor) * tensor.shape[2:].numel()
+            size = consumer.stride * (len(tensor) // consumer.groups) * tensor.shape[2:].numel()
             offset = widening.out_offset[:, position : position + size]
             yield _Edit(module, attribute, places, widening.coefficients, offset), fields.sizes
             position += size
@@ -209,14 +217,15 @@ def _bias_edits(model: nn.Module, layer: HiddenLayer, changes: Tensor) -> Iterat
         yield _Edit(module, "bias", still, torch.ones(len(change), dtype=torch.float64), change), ()
 
 
-def _shared_out(blocks: Tensor, source: Tensor, coefficients: Tensor) -> Tensor:
+def _shared_out(index: IndexMap, blocks: Tensor, coefficients: Tensor) -> Tensor:
     """Outgoing weights λ_j v; the first copy takes what the others leave, so that the copies sum to v to rounding."""
-    m, source = len(blocks), source.to(blocks.device)
+    source, first = (where.to(blocks.device) for where in (index.source, index.first))
     copies = blocks.index_select(0, source.clamp(min=0)) * as_column(coefficients, blocks)
-    appended, owners = copies[m:], source[m:]
-    given = torch.zeros_like(blocks).index_add_(0, owners.clamp(min=0), appended)
-    silent = as_column(coefficients[:m] == 0, blocks).bool()
-    return torch.cat([torch.where(silent, 0, blocks - given), appended])
+    copies[first] = 0
+    given = torch.zeros_like(blocks).index_add_(0, source.clamp(min=0), copies)
+    silent = as_column(coefficients[index.first] == 0, blocks).bool()
+    copies[first] = torch.where(silent, 0, blocks - given)
+    return copies
 
 
 def _present(module: nn.Module, fields: Fields) -> Iterator[tuple[str, Tensor]]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from splitwatch.anatomy import plain_module
+from splitwatch.grouped import by_channel, by_output
 from splitwatch.records import GrowthPlan, HiddenLayer, Split, SplitWatchError, Sprout, UnsupportedLayerError
 
 
@@ -18,7 +19,8 @@ from splitwatch.records import GrowthPlan, HiddenLayer, Split, SplitWatchError, 
 class IndexMap:
     """Where the entries of a widened tensor come from: entry j from ``source[j]``, -1 for a sprout.
 
-    ``axis`` is 0 for rows, 1 for a consumer's columns, where neuron r owns ``start + r·stride … + stride``.
+    ``axis`` is 0 for rows, 1 for a consumer's columns, where neuron r owns ``start + r·stride … + stride``: the input
+    channels of a convolution with ``groups``.
     """
 
     source: Tensor
@@ -26,6 +28,14 @@ class IndexMap:
     axis: int = 0
     start: int = 0
     stride: int = 1
+    groups: int = 1
+
+    @property
+    def first(self) -> Tensor:
+        """Where the first copy of every old entry stands, (m,)."""
+        held, places = self.source >= 0, torch.arange(len(self.source))
+        last = torch.full((self.old_width,), len(self.source))
+        return last.scatter_reduce(0, self.source[held], places[held], "amin")
 
     def __call__(self, tensor: Tensor, factor: Tensor | None = None, default: float = 0.0) -> Tensor:
         """The widened tensor: entries are copied by ``source``, times ``factor`` (new width,) where given."""
@@ -38,16 +48,16 @@ class IndexMap:
 
     def blocks(self, tensor: Tensor) -> Tensor:
         """The tensor seen as one block per neuron, (m, …)."""
-        used = tensor.narrow(self.axis, self.start, self.old_width * self.stride)
+        used = by_channel(tensor, self.groups).narrow(self.axis, self.start, self.old_width * self.stride)
         return used.unflatten(self.axis, (self.old_width, self.stride)).movedim(self.axis, 0)
 
     def put(self, tensor: Tensor, blocks: Tensor) -> Tensor:
         """The tensor with other blocks in the place of its own."""
-        stop = self.start + self.old_width * self.stride
+        tensor, stop = by_channel(tensor, self.groups), self.start + self.old_width * self.stride
         head = tensor.narrow(self.axis, 0, self.start)
         tail = tensor.narrow(self.axis, stop, tensor.shape[self.axis] - stop)
         middle = blocks.movedim(0, self.axis).flatten(self.axis, self.axis + 1)
-        return torch.cat([head, middle.to(tensor), tail], dim=self.axis)
+        return by_output(torch.cat([head, middle.to(tensor), tail], dim=self.axis), self.groups)
 
 
 def as_column(factor: Tensor, like: Tensor) -> Tensor:
@@ -59,6 +69,7 @@ def as_column(factor: Tensor, like: Tensor) -> Tensor:
 class Widening:
     """All moves of a plan in one layer as an index map: source (-1 for sprouts), coefficients, offsets.
 
+    Copies stand after the layer's last neuron, or after the last one of their group where it has several.
     ``biases`` is what is added to the biases of the consumers that have some, one after the other, or None.
     """
 
@@ -80,7 +91,7 @@ def widenings(model: nn.Module, plan: GrowthPlan) -> tuple[Widening, ...]:
 
     Raises:
         SplitWatchError: a move names a layer the plan does not have, a neuron that does not exist or is split twice, or
-            carries offsets of the wrong shape.
+            carries offsets of the wrong shape, or the groups of a layer would not grow alike.
     """
     layers = {layer.name: layer for layer in plan.layers}
     moves: dict[str, list[Split | Sprout]] = defaultdict(list)
@@ -122,14 +133,29 @@ def _widening(model: nn.Module, layer: HiddenLayer, moves: Sequence[Split | Spro
     for move in sprouts:
         out_offset[: layer.width] += 0 if move.others is None else move.others.to(like)
     biases = [move.biases.to(like) for move in sprouts if move.biases is not None]
+    order = _by_group(layer, [neuron.source for neuron in neurons])
     return Widening(
         layer,
-        torch.tensor([neuron.source for neuron in neurons]),
-        torch.tensor([neuron.coefficient for neuron in neurons], dtype=torch.float64),
-        torch.stack([neuron.in_offset.to(like) for neuron in neurons]),
-        out_offset,
+        torch.tensor([neuron.source for neuron in neurons])[order],
+        torch.tensor([neuron.coefficient for neuron in neurons], dtype=torch.float64)[order],
+        torch.stack([neuron.in_offset.to(like) for neuron in neurons])[order],
+        out_offset[order],
         torch.stack(biases).sum(0) if biases else None,
     )
+
+
+def _by_group(layer: HiddenLayer, source: Sequence[int]) -> list[int]:
+    """The order in which every group is in one piece, which is the order they are in where there is one."""
+    if layer.groups == 1:
+        return [*range(len(source))]
+    group = [layer.group(r) for r in source]
+    added = [group.count(g) - layer.width // layer.groups for g in range(layer.groups)]
+    if len(set(added)) > 1:
+        raise SplitWatchError(
+            f"plan: required as many new neurons in each of the {layer.groups} groups of {layer.name}, found {added}; "
+            "a grouped convolution has groups of one size, so add moves for the others or leave some out"
+        )
+    return sorted(range(len(source)), key=group.__getitem__)
 
 
 def _check_move(move: Split | Sprout, layer: HiddenLayer, d: int, c: int, split: set[int]) -> None:
@@ -137,6 +163,8 @@ def _check_move(move: Split | Sprout, layer: HiddenLayer, d: int, c: int, split:
         found, required = (tuple(move.incoming.shape), tuple(move.outgoing.shape)), ((d,), (c,))
         if any("conv" in operation for operation in layer.operations):
             raise UnsupportedLayerError(f"plan: a sprout in {layer.name} has no kernel for its depthwise convolution")
+        if layer.groups > 1:
+            raise UnsupportedLayerError(f"plan: a sprout in {layer.name} has none of its {layer.groups} groups; split")
     else:
         k = len(move.coefficients)
         found, required = (tuple(move.in_offset.shape), tuple(move.out_offset.shape)), ((k, d), (k, c))
@@ -163,12 +191,12 @@ def _sizes(model: nn.Module, layer: HiddenLayer) -> tuple[int, int]:
         d += weight[0].numel() + (submodule(model, name).bias is not None)
     for consumer in layer.consumers:
         weight = _weight(model, consumer.name)
-        if weight.shape[1] < consumer.start + layer.width * consumer.stride:
+        if weight.shape[1] * consumer.groups < consumer.start + layer.width * consumer.stride:
             raise SplitWatchError(
                 f"plan: required {layer.width * consumer.stride} columns from {consumer.start} on in {consumer.name}, "
-                f"found {weight.shape[1]}; the model changed since the plan was made, plan again"
+                f"found {weight.shape[1] * consumer.groups}; the model changed since the plan was made, plan again"
             )
-        c += consumer.stride * weight.shape[0] * weight.shape[2:].numel()
+        c += consumer.stride * (len(weight) // consumer.groups) * weight.shape[2:].numel()
     return d, c
 
 
