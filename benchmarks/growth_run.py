@@ -109,7 +109,7 @@ class Run:
         seconds = time.process_time() - start  # apart, because counting takes longer than what it counts
         with counted(flops):
             plan = GROW[method](make())
-        looked = plan.moves if method in OWN else ()
+        looked = [move for move in plan.moves if move.predicted_decrease > 0] if method in OWN else []
         moves = [(type(m).__name__, m.predicted_decrease, before - self.alone(plan, m, fresh)) for m in looked]
         event = grow(self.model, plan, self.optimizer, probe=probe)
         self.spent += flops[0]

@@ -20,7 +20,7 @@ from splitwatch.batches import Batch, batch_size, halve, in_pieces, shares
 from splitwatch.grouped import by_channel
 from splitwatch.linear_map import LinearMap
 from splitwatch.precision import Uncast, upcast
-from splitwatch.ranks import share_of, summed_number
+from splitwatch.ranks import share_of, summed, summed_number
 from splitwatch.records import HiddenLayer, SplitWatchError
 from splitwatch.tape import Footprint, Path, Tape
 from splitwatch.undisturbed import undisturbed
@@ -232,18 +232,21 @@ class Probe:
         return loss
 
 
-def paired_error(difference: Tensor, weights: Tensor) -> float:
-    """Standard error of the mean of differences (parts,), over the parts of all ranks; nan for a single part.
+def mean_with_error(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of values (parts, n) and its standard error, over the parts of all ranks, both (n,); nan for a single part.
 
     Args:
-        difference: of the losses of two networks, as ``Probe.losses`` gives them.
-        weights: what each part counts; those of all ranks sum to one.
+        values: what was measured on each part.
+        weights: what each part counts, (parts,); those of all ranks sum to one.
     """
-    parts = summed_number(len(weights))
-    if parts < 2:
-        return float("nan")
-    mean = summed_number(float(weights @ difference))
-    return (summed_number(float(weights @ (difference - mean).square())) / (parts - 1)) ** 0.5
+    parts, mean = summed_number(len(values)), summed(weights @ values)
+    scatter = summed(weights @ (values - mean).square())
+    return mean, (scatter / (parts - 1)).sqrt() if parts > 1 else torch.full_like(mean, torch.nan)
+
+
+def paired_error(difference: Tensor, weights: Tensor) -> float:
+    """Standard error of the mean of differences (parts,) of two networks' losses; see ``mean_with_error``."""
+    return float(mean_with_error(difference[:, None], weights)[1])
 
 
 def _trace(anatomy: Anatomy, layer: HiddenLayer, loss: Tensor, size: int, share: float) -> LayerTrace:

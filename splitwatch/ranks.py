@@ -64,8 +64,10 @@ def _reduced(value: float, operation: distributed.ReduceOp.RedOpType) -> float:
 def summed(value: torch.Tensor) -> torch.Tensor:
     """The sum of a tensor over the ranks, the same on each, to the bit; its memory may be that of the tensor."""
     if rank_count() > 1:
-        value = value.contiguous()
+        home, there = value.device, "cuda" if distributed.get_backend() == "nccl" else value.device
+        value = value.to(there).contiguous()
         distributed.all_reduce(value)
+        value = value.to(home)
     return value
 
 

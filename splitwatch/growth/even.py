@@ -16,9 +16,10 @@ from splitwatch.growth.cost import duplicate, limits, size_with
 from splitwatch.growth.grow import widened
 from splitwatch.growth.mixture import counted, holds_sprouts
 from splitwatch.growth.policy import GrowthPolicy
+from splitwatch.growth.promise import promises
 from splitwatch.growth.pursuit import Seedlings, pursue, sized
 from splitwatch.growth.rounds import whole_rounds
-from splitwatch.growth.search import OFFSETS, advance, confirmed_plan, no_room, searched, stretch
+from splitwatch.growth.search import OFFSETS, confirmed_plan, no_room, scale, searched, stretch
 from splitwatch.growth.splits import best_splits
 from splitwatch.probe import Probe
 from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, Split
@@ -77,12 +78,13 @@ def _parted(model: nn.Module, splits: GrowthPlan, probe: Probe) -> GrowthPlan:
 def _stepped(model: nn.Module, plan: GrowthPlan, found: Sequence[Seedlings], probe: Probe) -> GrowthPlan:
     """A plan with new neurons added at the part of their outgoing weights that is best on the held-out half."""
     raw = [move for part in found for move in part.sprouts()]
-    sprouts = sized(model, plan.layers, raw, probe) or tuple(replace(move, predicted_decrease=0.0) for move in raw)
+    promised = promises(model, plan.layers, sized(model, plan.layers, raw, probe), probe)
     rest = tuple(move for part in found for move in part.silent())
+    if not promised:
+        rest = (*(replace(scale(move, 0.0), predicted_decrease=0.0) for move in raw), *rest)
 
     def at(part: float) -> GrowthPlan:
-        moves = (*plan.moves, *(advance(move, part) for move in sprouts), *rest)
-        return replace(plan, moves=moves, step=part)
+        return replace(plan, moves=(*plan.moves, *(one.at(part) for one in promised), *rest), step=part)
 
     before = probe.loss(model, "held_out")
 
@@ -93,7 +95,7 @@ def _stepped(model: nn.Module, plan: GrowthPlan, found: Sequence[Seedlings], pro
             loss = probe.loss(model, "held_out", finite=False)
         return loss if isfinite(loss) else inf
 
-    losses = {part: after(part) for part in (PARTS if sprouts else (0.0,))}
+    losses = {part: after(part) for part in (PARTS if any(one.kept for one in promised) else (0.0,))}
     best = min(losses, key=lambda part: losses[part])
     chosen = at(best)
     with widened(model, chosen):

@@ -172,22 +172,29 @@ class Seedbed:
         """The gradient of log ‖g‖²/(‖φ⊥‖² + ρ‖φ‖²) in incoming weights (k', d), ρ the ridge; of ‖g‖²/‖φ‖² on a part.
 
         ‖φ⊥‖² = ‖φ‖² − cᵀG⁺c, so its gradient is that of ‖φ‖² − 2 aᵀc with the combination a = G⁺c held fixed. Without
-        the ridge it would lead to features that are hardly new, and on a part of what G was measured on it still does.
-        The graphs of all batches are kept for it.
+        the ridge it would lead to features that are hardly new, and on a part of what G was measured on it still does;
+        there c enters only through cᵀ times what is known, which costs less. The graphs of all batches are kept for it.
         """
         with torch.enable_grad():
             leaf = w.detach().requires_grad_()
-            gain, square, cross = self._moments(leaf, pairs=False)
+            gain, square, cross = self._moments(leaf, pairs=False, onto=None if self.whole else self.known)
             g, norm, c = (summed(part.detach().double()) for part in (gain, square, cross))
-            a, g = c @ self.inverse * self.whole, g - c @ self.known
-            left = norm - (c * a).sum(1) + RIDGE * norm
-            towards, less = (2 * g / g.square().sum(1, keepdim=True)).to(w), (1 / left).to(w)
-            toward_old = (2 * a / left[:, None] - towards.double() @ self.known.T).to(w)
-            value = (towards * gain).sum() + (toward_old * cross).sum() - (1 + RIDGE) * (square * less).sum()
+            left, toward_old = (1 + RIDGE) * norm, torch.zeros_like(c)
+            if self.whole:
+                a = c @ self.inverse
+                left, toward_old = left - (c * a).sum(1), 2 * a
+            g = g - (c @ self.known if self.whole else c)
+            towards = 2 * g / g.square().sum(1, keepdim=True)
+            toward_old = toward_old / left[:, None] - (towards @ self.known.T if self.whole else towards)
+            value = (towards.to(w) * gain).sum() + (toward_old.to(w) * cross).sum()
+            value = value - (1 + RIDGE) * (square / left.to(w)).sum()
             return summed(torch.autograd.grad(value, leaf)[0])
 
-    def _moments(self, w: Tensor, pairs: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """This rank's part of ∂L/∂v (k', c), of φᵀφ (k', k') or its diagonal, and of φᵀ with existing features."""
+    def _moments(self, w: Tensor, pairs: bool, onto: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """This rank's part of ∂L/∂v (k', c), of φᵀφ (k', k') or its diagonal, and of φᵀ with existing features.
+
+        The latter times a matrix ``onto`` (b, n), where one is given.
+        """
         parts = []
         for bed in self.beds:
             blocks = self._read(bed.trace, bed.standing, w)
@@ -196,7 +203,8 @@ class Seedbed:
             if pairs:
                 gain, phi, old = gain.double(), phi.double(), old.double()
             square = phi.T @ phi if pairs else phi.square().sum(0)
-            parts.append((gain, weight * square, weight * phi.T @ old))
+            cross = phi.T @ old if onto is None else torch.linalg.multi_dot([phi.T, old, onto.to(old)])
+            parts.append((gain, weight * square, weight * cross))
         gain, square, cross = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))
         return gain, square, cross
 

@@ -1,0 +1,99 @@
+"""What new neurons promise, asked of the held-out half: the fitted one chose them for what it promises itself.
+
+Along a new neuron's outgoing weights (with what they change in existing ones) the loss falls by L(0) − L(t) =
+−t s − t² f. The slope s comes from the held-out half, with its standard error; the curvature 2f, hardly a matter of
+sampling, from the parabola on the fitted half, where −2f is the slope.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from splitwatch.geometry.ends import channels, outgoing_gradient
+from splitwatch.growth.grow import widened
+from splitwatch.growth.search import scale
+from splitwatch.probe import LayerTrace, Probe, mean_with_error
+from splitwatch.ranks import share_of
+from splitwatch.records import GrowthPlan, HiddenLayer, Sprout
+
+PARTS = 8
+"""Parts of the held-out half that the standard error is taken over, at least."""
+
+SURE = 2.0
+"""Standard errors that a slope has to be below zero."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Promise:
+    """A sprout and the held-out loss's slope along it, with that slope's standard error."""
+
+    sprout: Sprout
+    slope: float
+    error: float
+
+    @property
+    def kept(self) -> bool:
+        """Whether the loss descends, beyond what sampling explains."""
+        return self.slope < -SURE * self.error
+
+    def at(self, step: float) -> Sprout:
+        """The sprout at a part of its step, with what that promises; a silent one where the promise is not kept."""
+        if not self.kept:
+            why = f"silent: slope {self.slope:+.2e} ± {self.error:.0e} on the held-out half"
+            return replace(scale(self.sprout, 0.0), predicted_decrease=0.0, reason=why)
+        fall = -step * self.slope - step**2 * self.sprout.predicted_decrease
+        why = f"slope {self.slope:+.2e} ± {self.error:.0e} along its outgoing weights on the held-out half"
+        return replace(scale(self.sprout, step), predicted_decrease=fall, reason=why)
+
+
+def promises(
+    model: nn.Module, layers: Sequence[HiddenLayer], sprouts: Sequence[Sprout], probe: Probe
+) -> list[Promise]:
+    """The promise of every sprout by itself, layer by layer.
+
+    Args:
+        model: the network; widened while it is measured, left as it was.
+        layers: the layers that sprouts are in.
+        sprouts: with outgoing weights at the lowest point of the fitted half's parabola, and its decrease.
+        probe: measured on its held-out half.
+    """
+    found = []
+    for layer in layers:
+        if mine := [move for move in sprouts if move.layer == layer.name]:
+            slopes, errors = _slopes(model, layer, mine, probe)
+            items = zip(mine, slopes.tolist(), errors.tolist(), strict=True)
+            found += [Promise(move, slope, error) for move, slope, error in items]
+    return found
+
+
+def _slopes(model: nn.Module, layer: HiddenLayer, sprouts: Sequence[Sprout], probe: Probe) -> tuple[Tensor, Tensor]:
+    """Slopes of the held-out loss along the sprouts' changes, and their standard errors, both (n,)."""
+    silent = GrowthPlan((layer,), tuple(scale(move, 0.0) for move in sprouts), "")
+    wide, pieces = replace(layer, width=layer.width + len(sprouts)), -(-PARTS // len(probe.held_out))
+    values, weights = [], []
+    with widened(model, silent):
+        for traces in probe.traces(model, [wide], "held_out", pieces):
+            trace = traces[layer.name]
+            values.append(_along(trace, layer.width, sprouts))
+            weights.append(trace.share)
+    share = share_of(probe.samples("held_out"))
+    found = torch.stack(values)
+    return mean_with_error(found, found.new_tensor(weights) * share)
+
+
+def _along(trace: LayerTrace, width: int, sprouts: Sequence[Sprout]) -> Tensor:
+    """The slopes of one batch's mean loss, (n,), from its gradient in all that the sprouts change."""
+    blocks = channels(trace, trace.path(*trace.pre_activations()), 0, trace.layer.width)
+    gradient = outgoing_gradient(trace, blocks).double()
+    maps = zip(trace.consumers, trace.signals, strict=True)
+    biases = [consumer.bias_gradient(signal) for consumer, signal in maps if consumer.has_bias]
+    biases = torch.cat([gradient.new_zeros(0), *biases])
+    slopes = []
+    for move, own in zip(sprouts, gradient[width:], strict=True):
+        changes = (move.outgoing, own), (move.others, gradient[:width]), (move.biases, biases)
+        slopes.append(sum((change.to(slope) * slope).sum() for change, slope in changes if change is not None))
+    return torch.stack([torch.as_tensor(slope) for slope in slopes])
