@@ -1,5 +1,6 @@
 """The code of every how-to page runs, and does what the page says."""
 
+import inspect
 import os
 import pathlib
 import re
@@ -136,6 +137,16 @@ def test_cli(tmp_path, monkeypatch):
     assert by_file.grower.steps == 30
     by_flag = cli([*command.split()[2:], "--trainer.max_steps=5", *quiet])
     assert by_flag.policy.max_neurons == 2
+
+
+def test_the_command_line_explains_every_option(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+    with pytest.raises(SystemExit):
+        cli(["fit", "--trainer.callbacks.help", "splitwatch.SplitWatch"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "measure and report, never grow." in shown
+    for name in inspect.signature(SplitWatch).parameters:
+        assert f"--trainer.callbacks.{name} " in shown
 
 
 def cli(arguments):

@@ -6,6 +6,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 from matplotlib.figure import Figure
+from pytorch_lightning import Trainer
 from pytorch_lightning.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from runs import QUIET, SOON, loader, module_of, trainer_of
 
@@ -135,6 +136,13 @@ def test_a_logger_that_is_not_known_gets_numbers_and_nothing_breaks(experiment):
     assert writer_of(Own()) is None
     fit(Own())
     assert any("splitwatch/width/net.0" in row for row in rows)
+
+
+def test_a_process_that_is_not_the_first_draws_nothing(monkeypatch, tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    monkeypatch.setattr(Trainer, "is_global_zero", False)
+    monkeypatch.setattr("splitwatch.lightning.callback.writer_of", None)  # would fail if it were asked
+    fit(logger)
 
 
 def test_files_and_boards_are_told_apart(tmp_path):
