@@ -10,7 +10,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
+from pytorch_lightning.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from pytorch_lightning.cli import LightningCLI
 from runs import QUIET, SOON, wave
 from torch import distributed, nn
@@ -64,7 +64,8 @@ def names():
     quiet = ("logger", "enable_progress_bar", "enable_model_summary")
     settings = {"accelerator": "cpu", "max_epochs": -1, **dict.fromkeys(quiet, False)}
     return {
-        "os": os, "pl": pl, "torch": torch, "distributed": distributed, "ModelCheckpoint": ModelCheckpoint,
+        "os": os, "pl": pl, "EarlyStopping": EarlyStopping,
+        "torch": torch, "distributed": distributed, "ModelCheckpoint": ModelCheckpoint,
         "EMAWeightAveraging": EMAWeightAveraging, "AveragedModel": AveragedModel, "Grower": Grower, "grow": grow,
         "DistributedDataParallel": DistributedDataParallel, "SplitWatch": SplitWatch, "load_grown": load_grown,
         "make_growable": make_growable, "Net": Net, "Module": Module, "loader": loader_of(), "policy": SOON,
@@ -77,8 +78,8 @@ def blocks(page, language="python"):
     return re.findall(rf"```{language}\n(.*?)```", (PAGES / page).read_text(), flags=re.DOTALL)
 
 
-def run(code):
-    space = names()
+def run(code, **more):
+    space = names() | more
     exec(code, space)
     return space
 
@@ -124,6 +125,27 @@ def test_average():
     assert run(callback)["average"]._average_model.module.net[0].out_features > 2
     space = run(loop)
     assert space["average"].module[0].out_features == space["model"][0].out_features > 2
+
+
+def test_callbacks():
+    (code,) = blocks("callbacks.md")
+    space = run(code)
+    assert space["trainer"].global_step == 32  # the end of the epoch in which it grew
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_huggingface():
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    from test_huggingface import POLICY, classifier, sentences, width
+
+    (code,) = blocks("huggingface.md")
+    arguments = transformers.TrainingArguments(
+        "out", max_steps=15, per_device_train_batch_size=32, use_cpu=True, report_to=[], save_strategy="no"
+    )
+    names = {"Trainer": transformers.Trainer, "model": classifier(), "data": sentences(), "policy": POLICY}
+    space = run(code, arguments=arguments, **names)
+    assert width(space["loaded"]) == width(space["model"]) == 4
 
 
 def test_cli(tmp_path, monkeypatch):
