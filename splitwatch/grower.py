@@ -135,7 +135,7 @@ class Grower:
             control.step(batch, loss)
             if control.done:
                 self._compare()
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:  # the latter where parameter groups were added
             self._drop_control()
             _logger.warning("the control is dropped: it could not be trained: %s", error)
         finally:
