@@ -328,7 +328,8 @@ WIDER = replace(SOON, moves="even", max_ratio=1.4, max_neurons=4, max_events=Non
 
 
 def finetune(module, callbacks, steps, **settings):
-    trainer = trainer_of(callbacks, steps=steps, enable_checkpointing=True, logger=False)
+    kept = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    trainer = trainer_of(callbacks, steps=steps, enable_checkpointing=kept)
     trainer.fit(module, loader(), **settings)
     return trainer
 
