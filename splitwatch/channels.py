@@ -60,15 +60,30 @@ class ChannelCodes:
         return [i for i in outer if self._touched_channels(call, i, fixed) == 1 and call.leaves[i].ndim]
 
     def _touched_channels(self, call: Call, leaf: int, fixed: dict[int, Tensor]) -> int:
-        """How many channels one entry of a constant reaches (none where the call only puts it beside them)."""
-        changed = call.leaves[leaf].detach().clone(memory_format=torch.contiguous_format)
-        changed.view(-1)[changed.numel() // 2] += 1 + changed.abs().amax()
-        before, after = evaluate(call, fixed), evaluate(call, fixed | {leaf: changed})
+        """How many channels one entry of a constant reaches (none where the call only puts it beside them).
+
+        Entries of channels that are silent (a zero weight of BatchNorm) reach nothing, so several are tried.
+        """
+        constant, before = call.leaves[leaf].detach(), evaluate(call, fixed)
+        for place in _spread(constant.numel()):
+            changed = constant.clone(memory_format=torch.contiguous_format)
+            changed.view(-1)[place] += 1 + changed.abs().amax()
+            if reached := self._reached(before, evaluate(call, fixed | {leaf: changed})):
+                return len(reached)
+        return 0
+
+    def _reached(self, before: dict[Value, Tensor], after: dict[Value, Tensor]) -> set[int]:
+        """The channels of elements that differ."""
         reached: set[int] = set()
-        codes = self.codes
-        for v in (v for v in call.results if v in codes and before[v].shape == codes[v].shape):
-            reached.update(codes[v][(before[v] != after[v]) & (codes[v] >= 0)].unique().tolist())
-        return len(reached)
+        for v in (v for v in before if v in self.codes and before[v].shape == self.codes[v].shape):
+            reached.update(self.codes[v][(before[v] != after[v]) & (self.codes[v] >= 0)].unique().tolist())
+        return reached
+
+
+def _spread(length: int, most: int = 16) -> list[int]:
+    """Places in a tensor, its middle first."""
+    middle = length // 2
+    return sorted({middle, *range(0, length, -(-length // most))}, key=lambda place: abs(place - middle))
 
 
 class _Replay:

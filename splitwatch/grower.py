@@ -135,7 +135,7 @@ class Grower:
             control.step(batch, loss)
             if control.done:
                 self._compare()
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:  # the latter where parameter groups were added
             self._drop_control()
             _logger.warning("the control is dropped: it could not be trained: %s", error)
         finally:
@@ -197,7 +197,7 @@ class Grower:
     def state_dict(self) -> dict[str, Any]:
         """What has to survive a restart, in builtins and tensors: a probe in the making too, unless it is large.
 
-        A control is not continued.
+        A control is continued only where it is still there, at the same step.
         """
         counts = {key: getattr(self, key) for key in ("steps", "growths", "batch_size", "pending")}
         counts["control"] = 0 if self.control is None else len(self.control.losses)
@@ -213,7 +213,8 @@ class Grower:
         self.pending = bool(state["pending"]) and (self.fixed_probe is not None or bool(self.collector.batches))
         for item, done in zip(self.rewarm, state.get("rewarm", ()), strict=False):
             item.begin(done)
-        if done := state.get("control"):
+        if (done := state.get("control", 0)) != (0 if self.control is None else len(self.control.losses)):
+            self._drop_control()  # the one that is there, if any, is of another moment
             _logger.warning("a control is dropped: its copy, %d steps after growth, was not saved", done)
         self.detector.load_state_dict(state["detector"])
         self.budget.load_state_dict(state["budget"])

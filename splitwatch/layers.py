@@ -102,8 +102,10 @@ class Discovery:
         """The one call of a module whose weights may be replaced, or a refusal."""
         if "quantized" in type(module).__module__:
             raise UnsupportedLayerError(f"{role} is quantised ({type(module).__name__})")
-        if parametrize.is_parametrized(module) or hasattr(module, "weight_g") or hasattr(module, "weight_orig"):
-            raise UnsupportedLayerError(f"{role} is parametrized: its weight is computed from other tensors")
+        if _is_computed(module):
+            raise UnsupportedLayerError(
+                f"{role} is parametrized or pruned: its weights are computed from other tensors"
+            )
         if not isinstance(module, SUPPORTED):
             raise UnsupportedLayerError(f"{type(module).__name__} is not a layer type that can be widened")
         parameters = [module.weight] + ([module.bias] if module.bias is not None else [])
@@ -143,7 +145,9 @@ class Discovery:
         owner = self.anatomy.owner(call.weight)
         if owner is None or not isinstance(owner[1], SUPPORTED):
             meets = self.anatomy.describe(call.call)
-            raise UnsupportedLayerError(f"coupled to {meets}, whose weight is not a plain module's")
+            raise UnsupportedLayerError(
+                f"coupled to {meets}, whose weight is not a plain module's (functional, parametrized or pruned)"
+            )
         return owner[0]
 
     # --- refusals -----------------------------------------------------------------------------------------------
@@ -194,6 +198,8 @@ class Discovery:
         if not isinstance(module, RIDERS) or tensor.shape[0] != width:
             owner_name = name or type(module).__name__
             raise UnsupportedLayerError(f"{owner_name} holds one entry per neuron and cannot be widened")
+        if _is_computed(module):
+            raise UnsupportedLayerError(f"{name} is parametrized or pruned and holds one entry per neuron")
         if self.anatomy.weight_uses(tensor) > 1 or len(self.anatomy.owners[id(tensor)]) > 1:
             raise UnsupportedLayerError(f"{name} holds one entry per neuron but is shared with another layer")
         return name
@@ -259,6 +265,11 @@ def _block(name: str, columns: list[int], width: int) -> Consumer:
 def _holds_weights(module: nn.Module) -> bool:
     parameters = (p for p in module._parameters.values() if p is not None)
     return any(p.ndim > 1 for p in parameters) or hasattr(module, "parametrizations") or _is_quantised(module)
+
+
+def _is_computed(module: nn.Module) -> bool:
+    """Whether weight or bias is no parameter: what ``torch.nn.utils`` computes by hooks is an ordinary attribute."""
+    return parametrize.is_parametrized(module) or not {"weight", "bias"}.isdisjoint(vars(module))
 
 
 def _is_quantised(module: nn.Module) -> bool:

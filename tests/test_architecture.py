@@ -35,6 +35,7 @@ ROOMS = (
     "control",
     "rewarm",
     "grower",
+    "huggingface",
     "lightning",
     "bench",
     "cli",
@@ -48,6 +49,7 @@ OWNERS = {
     "tensorboard": "report/board.py",
     "torch.utils.tensorboard": "report/board.py",
     "matplotlib": "report/figures",
+    "transformers": "huggingface.py",
 }
 
 
@@ -130,8 +132,8 @@ def test_files_are_short_enough_to_read(path):
 
 
 def test_the_package_alone_loads_no_heavy_library():
-    """Nothing but what its dependency torchmetrics loads by itself: that imports matplotlib where it is installed."""
-    heavy = ("pytorch_lightning", "lightning", "tensorboard", "matplotlib")
+    """Nothing but what its dependency torchmetrics loads by itself, such as matplotlib where it is installed."""
+    heavy = ("pytorch_lightning", "lightning", "tensorboard", "matplotlib", "transformers")
     code = f"""
 import sys, torchmetrics
 before = set(sys.modules)

@@ -187,6 +187,25 @@ def test_what_cannot_be_copied_is_said_and_growth_goes_on(caplog):
     assert grower.control is None
 
 
+def test_a_parameter_group_that_is_added_ends_a_control_with_a_warning(caplog):
+    torch.manual_seed(0)
+    model, (x, y) = network(), data()
+    optimizer = torch.optim.SGD(model[4].parameters(), lr=0.1)
+    policy = GrowthPolicy(noise_ratio=1e6, max_neurons=1, max_overhead=None, control=100)
+    grower = Grower(model, optimizer, mse, policy, probe=Probe([(x, y)], mse), progress=False)
+    grower.observe((x, y), 1.0)
+    grower.pending = True
+    assert grower.act().grown
+    optimizer.add_param_group({"params": list(model[0].parameters())})
+    mse(model, (x, y)).backward()
+    optimizer.step()
+    with caplog.at_level(logging.WARNING, "splitwatch"):
+        grower.step((x, y), 1.0)
+    assert "the control is dropped: it could not be trained" in caplog.text
+    assert grower.control is None
+    assert not optimizer._optimizer_step_pre_hooks
+
+
 def test_a_control_of_no_steps_is_refused():
     with pytest.raises(SplitWatchError, match="control"):
         GrowthPolicy(control=0)

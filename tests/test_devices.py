@@ -127,6 +127,24 @@ def test_inductor_code_is_made_again_after_growth():
     assert model._orig_mod[0].out_features == 7
 
 
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_compiled_model_stays_compiled_through_many_growths_where_the_count_starts_anew(reset):
+    model, probe = ZOO["mlp"].make(torch.float32)
+    x, runs = probe.fitted[0][0], []
+
+    def backend(graph, inputs):
+        return lambda *arguments: runs.append(graph) or graph(*arguments)
+
+    model = torch.compile(model.eval(), backend=backend, dynamic=False)
+    for _ in range(torch._dynamo.config.recompile_limit + 2):
+        grow(model, split_first(model, probe), probe=probe)
+        if reset:
+            torch.compiler.reset()
+        runs.clear()
+        torch.testing.assert_close(model(x), model._orig_mod(x))
+    assert bool(runs) == reset  # after the limit torch runs the code uncompiled, without a word
+
+
 @pytest.mark.parametrize("compiled", COMPILED)
 def test_checkpoints_of_compiled_models_cross_widths(compiled, tmp_path):
     model, probe = ZOO["mlp"].make(torch.float64)

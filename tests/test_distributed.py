@@ -111,6 +111,23 @@ def test_accumulated_gradients_on_two_processes(tmp_path):
     assert_same_run(tmp_path, torch.load(folder / "0"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["norm", "compiled"])
+@in_clean_process
+def test_ranks_stay_the_same_with_norms_and_compiled_code(kind, tmp_path):
+    module = module_of()
+    if kind == "norm":
+        module.net.insert(1, torch.nn.BatchNorm1d(2).double())
+    else:
+        module.net = torch.compile(module.net, backend="eager")
+    forked(tmp_path, module)
+    first, second = (torch.load(tmp_path / str(rank)) for rank in range(2))
+    assert first["grown"] == second["grown"]
+    assert len(first["grown"]) == 2
+    for name in ("after", "end"):
+        assert all(torch.equal(a, b) for a, b in zip(first[name], second[name], strict=True))
+
+
 @in_clean_process
 def test_forked_processes_need_a_model_that_can_come_back_and_say_so(tmp_path):
     trainer = trainer_of([SplitWatch(SOON)], steps=1, strategy="ddp_fork", devices=1)

@@ -563,6 +563,75 @@ def test_parameter_groups_flags_and_attributes_are_kept():
     assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.2]
 
 
+def test_parameters_of_equal_values_are_told_apart():
+    """Biases that all begin at zero: by value each would be every other."""
+    model, batches = mlp((3, 4, 4, 4)), data(6, 6, c=4)
+    for layer in (model[0], model[2], model[4]):
+        nn.init.zeros_(layer.bias)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.0)
+    train(model, optimizer, batches)
+    probe = Probe(batches, mse)
+    kept = {name: optimizer.state[p]["exp_avg"] for name, p in model.named_parameters()}
+    grow(model, at(random_plan(model, probe, growable(model, probe, ["2"]), COEFFICIENTS), 0.0), optimizer, probe=probe)
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in model.parameters()]
+    for name in ("0.weight", "0.bias", "4.bias"):
+        assert optimizer.state[model.get_parameter(name)]["exp_avg"] is kept[name]
+    assert len(optimizer.state[model[2].bias]["exp_avg"]) == len(model[2].bias) > 4
+
+
+def test_parameters_are_replaced_and_neither_resized_nor_reordered():
+    model, batches = mlp(), data(6, 6)
+    probe, before = Probe(batches, mse), dict(model.named_parameters())
+    shapes = {name: p.shape for name, p in before.items()}
+    loss = mse(model, batches[0])
+    grow(model, random_plan(model, probe, growable(model, probe), COEFFICIENTS), probe=probe)
+    assert [name for name, _ in model.named_parameters()] == list(before)
+    assert {name: p.shape for name, p in before.items()} == shapes
+    loss.backward()  # a graph that was recorded before growth leads to the old parameters
+    assert all(p.grad.shape == p.shape for p in before.values())
+    assert all(p.grad is None for name, p in model.named_parameters() if p is not before[name])
+
+
+class Factored(torch.optim.SGD):
+    """Keeps a state of half a parameter's rows, as no index map can carry."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["half"] = p.detach()[: len(p) // 2].clone()
+        return super().step(closure)
+
+
+def test_a_state_of_unknown_layout_starts_anew_and_is_named():
+    model, batches = mlp(), data(6, 6)
+    optimizer, probe = Factored(model.parameters(), lr=0.01), Probe(batches, mse)
+    train(model, optimizer, batches)
+    event = grow(model, random_plan(model, probe, growable(model, probe, ["0"]), COEFFICIENTS), optimizer, probe=probe)
+    assert event.restarted == ("0.weight", "0.bias", "2.weight")
+    assert [name for name, p in model.named_parameters() if not optimizer.state[p]] == list(event.restarted)
+    train(model, optimizer, batches)
+
+
+@pytest.mark.parametrize("name", ["Adafactor", "Muon"])
+def test_optimizers_that_normalise_by_shape_train_on(name):
+    """No growth is null to them; their state is carried where its layout is known and starts anew where not."""
+    model, batches = mlp(dtype=torch.float32), data(6, 6, dtype=torch.float32)
+    if not hasattr(torch.optim, name):
+        pytest.skip(f"this torch has no {name}")
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    optimizer = getattr(torch.optim, name)(matrices, lr=0.01)
+    train(model, optimizer, batches)
+    probe = Probe(batches, mse)
+    event = grow(
+        model, at(random_plan(model, probe, growable(model, probe), COEFFICIENTS), 0.01), optimizer, probe=probe
+    )
+    assert bool(event.restarted) == (name == "Adafactor")
+    before = mse(model, batches[0]).item()
+    train(model, optimizer, batches * 10)
+    assert mse(model, batches[0]).item() < before
+    assert {id(p) for p in optimizer.param_groups[0]["params"]} <= set(map(id, model.parameters()))
+
+
 SOURCES = [[0, 1, 2, 3, 0, 2, 2], [0, 1, 2, 3, 4, 4]]
 LAMBDAS = [[2.0, 1.0, 1.0, 1.0, -1.0, 1.0, -1.0], [1.0, 1.0, 1.0, 1.0, 0.25, 0.75]]
 SPLITS = {"0": {0: (2.0, -1.0), 2: (1.0, 1.0, -1.0)}, "2": {4: (0.25, 0.75)}}
@@ -718,6 +787,19 @@ def test_without_permission_a_narrow_model_refuses_a_wide_checkpoint():
     model, _ = grown_twice("mlp")
     with pytest.raises(RuntimeError, match="size mismatch"):
         build("mlp").load_state_dict(model.state_dict())
+
+
+def test_shapes_are_enough_for_a_model_that_knows_its_growth():
+    narrow, _ = ZOO["mlp"].make(samples=4)
+    model, _ = grown_twice("mlp")
+    wide = dict(model.state_dict())  # a plain dict: what it knew of growth is lost
+    model.load_state_dict(dict(narrow.state_dict()))
+    assert str(model) == str(narrow)
+    model.load_state_dict(wide)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), wide.values(), strict=True))
+    hooks = (len(model._load_state_dict_pre_hooks), len(model._state_dict_hooks))
+    make_growable(model)
+    assert hooks == (len(model._load_state_dict_pre_hooks), len(model._state_dict_hooks)) == (1, 1)
 
 
 def test_an_ungrown_model_of_another_width_is_torchs_error():

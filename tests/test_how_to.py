@@ -1,5 +1,6 @@
 """The code of every how-to page runs, and does what the page says."""
 
+import inspect
 import os
 import pathlib
 import re
@@ -9,7 +10,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
+from pytorch_lightning.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from pytorch_lightning.cli import LightningCLI
 from runs import QUIET, SOON, wave
 from torch import distributed, nn
@@ -63,7 +64,8 @@ def names():
     quiet = ("logger", "enable_progress_bar", "enable_model_summary")
     settings = {"accelerator": "cpu", "max_epochs": -1, **dict.fromkeys(quiet, False)}
     return {
-        "os": os, "pl": pl, "torch": torch, "distributed": distributed, "ModelCheckpoint": ModelCheckpoint,
+        "os": os, "pl": pl, "EarlyStopping": EarlyStopping,
+        "torch": torch, "distributed": distributed, "ModelCheckpoint": ModelCheckpoint,
         "EMAWeightAveraging": EMAWeightAveraging, "AveragedModel": AveragedModel, "Grower": Grower, "grow": grow,
         "DistributedDataParallel": DistributedDataParallel, "SplitWatch": SplitWatch, "load_grown": load_grown,
         "make_growable": make_growable, "Net": Net, "Module": Module, "loader": loader_of(), "policy": SOON,
@@ -76,8 +78,8 @@ def blocks(page, language="python"):
     return re.findall(rf"```{language}\n(.*?)```", (PAGES / page).read_text(), flags=re.DOTALL)
 
 
-def run(code):
-    space = names()
+def run(code, **more):
+    space = names() | more
     exec(code, space)
     return space
 
@@ -125,6 +127,27 @@ def test_average():
     assert space["average"].module[0].out_features == space["model"][0].out_features > 2
 
 
+def test_callbacks():
+    (code,) = blocks("callbacks.md")
+    space = run(code)
+    assert space["trainer"].global_step == 32  # the end of the epoch in which it grew
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_huggingface():
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    from test_huggingface import POLICY, classifier, sentences, width
+
+    (code,) = blocks("huggingface.md")
+    arguments = transformers.TrainingArguments(
+        "out", max_steps=15, per_device_train_batch_size=32, use_cpu=True, report_to=[], save_strategy="no"
+    )
+    names = {"Trainer": transformers.Trainer, "model": classifier(), "data": sentences(), "policy": POLICY}
+    space = run(code, arguments=arguments, **names)
+    assert width(space["loaded"]) == width(space["model"]) == 4
+
+
 def test_cli(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["main.py"])
     (yaml,), (command,) = blocks("cli.md", "yaml"), blocks("cli.md", "bash")
@@ -136,6 +159,16 @@ def test_cli(tmp_path, monkeypatch):
     assert by_file.grower.steps == 30
     by_flag = cli([*command.split()[2:], "--trainer.max_steps=5", *quiet])
     assert by_flag.policy.max_neurons == 2
+
+
+def test_the_command_line_explains_every_option(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+    with pytest.raises(SystemExit):
+        cli(["fit", "--trainer.callbacks.help", "splitwatch.SplitWatch"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "measure and report, never grow." in shown
+    for name in inspect.signature(SplitWatch).parameters:
+        assert f"--trainer.callbacks.{name} " in shown
 
 
 def cli(arguments):

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize, prune
 from zoo import ZOO
 
 from splitwatch.layers import find_hidden_layers, select_layers
@@ -117,16 +118,16 @@ def frozen(model, index):
     return model
 
 
-def weight_norm(model, index):
-    nn.utils.parametrizations.weight_norm(model[index])
-    return model
-
-
-def old_weight_norm(model, index):
+def computed(model, index, change, *arguments):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        nn.utils.weight_norm(model[index])
+        change(model[index], *arguments)
     return model
+
+
+def normed(change, *arguments):
+    """A masked or parametrized BatchNorm on the path."""
+    return computed(mlp(nn.BatchNorm1d(4), nn.Tanh()), 1, change, *arguments)
 
 
 def stream():
@@ -221,9 +222,21 @@ REFUSALS = {
     "meets the input": (plus_input, (3,), "a", "residual stream"),
     "called twice": (twice, (3,), "a", "used 2 times"),
     "before a module called twice": (twice, (3,), "a", "shared module|tied"),
-    "parametrized": (lambda: weight_norm(mlp(), 0), (3,), "0", "parametrized"),
-    "consumer parametrized": (lambda: weight_norm(mlp(), 2), (3,), "0", "weight is not a plain module's|parametrized"),
-    "old weight norm": (lambda: old_weight_norm(mlp(), 0), (3,), "0", "parametrized"),
+    "parametrized": (lambda: computed(mlp(), 0, nn.utils.parametrizations.weight_norm), (3,), "0", "parametrized"),
+    "consumer parametrized": (lambda: computed(mlp(), 2, nn.utils.parametrizations.weight_norm), (3,), "0",
+                              r"\(2\).* parametrized"),
+    "old weight norm": (lambda: computed(mlp(), 0, nn.utils.weight_norm), (3,), "0", "parametrized"),
+    "pruned": (lambda: computed(mlp(), 0, prune.l1_unstructured, "weight", 0.5), (3,), "0", "parametrized or pruned"),
+    "consumer pruned": (lambda: computed(mlp(), 2, prune.l1_unstructured, "weight", 0.5), (3,), "0", r"\(2\).* pruned"),
+    "bias pruned": (lambda: computed(mlp(), 0, prune.l1_unstructured, "bias", 0.5), (3,), "0", "layer is .* pruned"),
+    "consumer's bias pruned": (lambda: computed(mlp(), 2, prune.random_unstructured, "bias", 0.5), (3,), "0",
+                               "consumer 2 is .* pruned"),
+    "norm pruned": (lambda: normed(prune.random_unstructured, "weight", 0.5), (3,), "0", "1 is .* pruned"),
+    "norm parametrized": (lambda: normed(parametrize.register_parametrization, "bias", nn.Tanh()), (3,), "0", "1|bias"),
+    "spectral norm": (lambda: computed(mlp(), 0, nn.utils.parametrizations.spectral_norm), (3,), "0", "parametrized"),
+    "consumer's spectral norm": (lambda: computed(mlp(), 2, nn.utils.parametrizations.spectral_norm), (3,), "0",
+                                 r"\(2\).* parametrized"),
+    "old spectral norm": (lambda: computed(mlp(), 0, nn.utils.spectral_norm), (3,), "0", "parametrized"),
     "frozen producer": (lambda: frozen(mlp(), 0), (3,), "0", "the layer is frozen"),
     "frozen consumer": (lambda: frozen(mlp(), 2), (3,), "0", "consumer 2 is frozen"),
     "output": (mlp, (3,), "2", "output layer"),
@@ -297,6 +310,14 @@ def branch():
     return Module(forward, a=nn.Linear(3, 4), b=nn.Linear(4, 2))
 
 
+def silent_channels():
+    """BatchNorm weights that are zero, in the middle and elsewhere."""
+    model = mlp(nn.BatchNorm1d(4), nn.Tanh())
+    with torch.no_grad():
+        model[1].weight[2:] = 0
+    return model
+
+
 def dead():
     model = mlp(nn.ReLU())
     nn.init.constant_(model[0].bias, -100.0)
@@ -335,6 +356,10 @@ def test_found(name):
     build, shape, expected = FOUND[name]
     torch.manual_seed(0)
     assert growable(table(build(), *shape)) == expected
+
+
+def test_a_rider_with_silent_channels_is_still_a_rider():
+    assert table(silent_channels(), 3)["0"].riders == ("1",)
 
 
 def test_zero_weights_are_still_found():

@@ -1,5 +1,6 @@
 """The Lightning front door: same numbers as the plain loop, nothing else changed, everything logged."""
 
+import csv
 import warnings
 from dataclasses import replace
 
@@ -8,8 +9,9 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 import torchmetrics
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
-from runs import USUAL
+from runs import SOON, USUAL, loader, module_of, trainer_of, wave
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -150,12 +152,127 @@ def test_a_control_that_could_not_follow_is_refused_by_name(setting):
         fit([SplitWatch(replace(POLICY, control=30))], steps=1, **setting)
 
 
+def test_a_control_beside_manual_optimization_is_refused_by_name():
+    module = module_of(training_step=manual_step, configure_optimizers=two_optimizers)
+    module.automatic_optimization = False
+    watch = SplitWatch(replace(SOON, control=5), loss_fn=lambda module, batch: module.net(batch[0]).mean())
+    with pytest.raises(SplitWatchError, match="control: required automatic_optimization True, found False"):
+        trainer_of([watch]).fit(module, loader())
+
+
+def test_a_control_beside_a_gradient_scaler_is_refused_by_name():
+    plugin = pl.plugins.MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    with pytest.raises(SplitWatchError, match="control: required precision no gradient scaler, found one"):
+        fit([SplitWatch(replace(POLICY, control=30))], steps=1, plugins=[plugin])
+
+
 def test_growth_waits_for_accumulated_gradients():
     watch = SplitWatch(POLICY)
     _, trainer = fit([watch], steps=500, accumulate_grad_batches=3)
     assert trainer.global_step == 500
     assert all(event.step <= 500 for event in watch.events)
     assert watch.grower.steps == 500
+
+
+class Hooks(pl.Callback):
+    """In which hook the network was found wider, or a measurement decided on, and what it was about."""
+
+    def __init__(self, watch):
+        self.watch, self.width, self.pending, self.widened, self.decided = watch, 2, False, [], []
+
+    def look(self, hook, trainer, pl_module):
+        pending = self.watch.grower is not None and self.watch.grower.pending
+        if pl_module.net[0].out_features != self.width:
+            self.widened.append((hook, trainer.fit_loop.batch_idx % trainer.accumulate_grad_batches))
+        if pending and not self.pending:
+            self.decided.append((hook, (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches))
+        self.width, self.pending = pl_module.net[0].out_features, pending
+
+
+def _looking(hook):
+    return lambda self, trainer, pl_module, *_: self.look(hook, trainer, pl_module)
+
+
+HOOKS = [name for name in vars(pl.Callback) if name.startswith("on_") and "checkpoint" not in name]
+for _hook in HOOKS:
+    setattr(Hooks, _hook, _looking(_hook))
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_it_is_decided_when_a_step_ends_and_done_before_the_next_begins(accumulated):
+    watch = SplitWatch(SOON)
+    hooks = Hooks(watch)
+    trainer_of([watch, hooks], accumulate_grad_batches=accumulated).fit(module_of(), loader())
+    assert {"on_before_backward", "on_before_optimizer_step", "on_train_epoch_end"} < set(HOOKS)
+    assert set(hooks.decided) == {("on_train_batch_end", 0)}
+    assert hooks.widened == [("on_train_batch_start", 0)] * 2
+
+
+def test_a_checkpoint_has_the_score_of_the_network_it_holds(tmp_path):
+    data = wave()
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val", F.mse_loss(self.net(batch[0]), batch[1]))
+
+    keep = ModelCheckpoint(tmp_path, monitor="val", save_top_k=-1)
+    module = module_of(validation_step=validation_step)
+    trainer = trainer_of([SplitWatch(SOON), keep], enable_checkpointing=True, max_epochs=5)
+    trainer.fit(module, loader(), DataLoader(TensorDataset(*data), batch_size=512))
+    widths = []
+    for path, score in keep.best_k_models.items():
+        held = load_grown(lambda **_: module_of(), path)
+        widths.append(held.net[0].out_features)
+        assert F.mse_loss(held.net(data[0]), data[1]).item() == pytest.approx(float(score), rel=1e-9)
+    assert len(set(widths)) == 3
+
+
+def test_other_callbacks_see_its_scalars():
+    stopping = EarlyStopping(
+        "splitwatch/width/net.0", mode="max", stopping_threshold=3, patience=100, strict=False, verbose=False
+    )
+    watch = SplitWatch(SOON)
+    trainer = trainer_of([watch, stopping], steps=100)
+    trainer.fit(module_of(), loader())
+    assert trainer.global_step == 16  # grown at step 10, in the second epoch of eight
+    assert trainer.callback_metrics["splitwatch/width/net.0"] == 4
+
+
+def test_names_that_a_trainer_gives_its_callbacks_are_left_to_it():
+    assert {"log", "log_dict"}.isdisjoint(vars(SplitWatch))
+    watch = SplitWatch(SOON)
+    module = module_of()
+    trainer_of([watch], steps=1).fit(module, loader())
+    assert watch.log == module.log
+
+
+def two_optimizers(self):
+    return [torch.optim.SGD(layer.parameters(), 0.1, momentum=0.9) for layer in (self.net[0], self.net[2])]
+
+
+def manual_step(self, batch, batch_idx):
+    loss = F.mse_loss(self.net(batch[0]), batch[1])
+    optimizers = self.optimizers()
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    self.manual_backward(loss)
+    for optimizer in optimizers:
+        optimizer.step()
+    self.log("loss", loss)
+    return loss
+
+
+def test_the_x_axis_is_that_of_the_other_scalars_where_steps_count_twice(tmp_path):
+    module = module_of(training_step=manual_step, configure_optimizers=two_optimizers)
+    module.automatic_optimization = False
+    watch = SplitWatch(SOON, loss_fn=lambda module, batch: F.mse_loss(module.net(batch[0]), batch[1]))
+    trainer = trainer_of([watch], steps=60, logger=CSVLogger(tmp_path), log_every_n_steps=1)
+    trainer.fit(module, loader())
+    assert trainer.global_step == 60
+    assert watch.grower.steps == 30
+    rows = list(csv.DictReader(next(tmp_path.rglob("metrics.csv")).read_text().splitlines()))
+    steps = {key: [int(row["step"]) for row in rows if row[key]] for key in rows[0]}
+    assert steps["loss"] == list(range(30))
+    assert steps["splitwatch/growth/realised_decrease"] == [10, 20]
 
 
 def test_manual_optimization_needs_a_loss_function_and_says_so():
@@ -175,6 +292,24 @@ def test_a_training_step_that_returns_no_loss_is_named():
 
     with pytest.raises(SplitWatchError, match="training_step"):
         fit([SplitWatch(POLICY)], module=Silent(), steps=5)
+
+
+def test_a_training_step_that_returns_no_loss_of_a_probe_batch_is_named():
+    class Fickle(Wave):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) if self.training else None
+
+    with pytest.raises(SplitWatchError, match="training_step: required a loss for every probe batch, found None; pass"):
+        trainer_of([SplitWatch(SOON)]).fit(Fickle().double(), loader())
+
+
+def test_a_training_step_without_an_index_is_called_without_one():
+    def training_step(self, batch):
+        return F.mse_loss(self.net(batch[0]), batch[1])
+
+    watch = SplitWatch(SOON)
+    trainer_of([watch]).fit(module_of(training_step=training_step), loader())
+    assert [event.grown for event in watch.events] == [True, True]
 
 
 def test_a_batch_that_the_module_skips_is_skipped():

@@ -2,14 +2,18 @@
 
 import copy
 import importlib
+from dataclasses import replace
 
 import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import (
+    BackboneFinetuning,
     BatchSizeFinder,
+    DeviceStatsMonitor,
     EarlyStopping,
     EMAWeightAveraging,
+    GradientAccumulationScheduler,
     LearningRateFinder,
     LearningRateMonitor,
     ModelCheckpoint,
@@ -17,12 +21,15 @@ from pytorch_lightning.callbacks import (
     RichModelSummary,
     RichProgressBar,
     StochasticWeightAveraging,
+    Timer,
+    TQDMProgressBar,
     WeightAveraging,
 )
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from runs import PACKAGES, QUIET, SOON, loader, module_of, trainer_of
+from torch import nn
 
-from splitwatch import SplitWatch, grow
+from splitwatch import SplitWatch, SplitWatchError, grow
 
 pytestmark = pytest.mark.filterwarnings(
     *QUIET, "ignore:Be aware that when using `ckpt_path`:UserWarning", "ignore:.*barebones.*:UserWarning"
@@ -144,13 +151,108 @@ def test_the_batch_size_finder_runs_before_it(tmp_path):
     assert any(event.grown for event in watch.events)
 
 
-@pytest.mark.parametrize("callback", [RichProgressBar, RichModelSummary, ModelSummary])
-def test_what_shows_the_run_shows_it(callback):
-    settings = {"enable_progress_bar": True} if callback is RichProgressBar else {"enable_model_summary": True}
-    watch, _, trainer = run(callback(), **settings)
+class LateFinder(LearningRateFinder):
+    """Looks for a learning rate when an epoch begins, not before training: a little run amid the run."""
+
+    def on_fit_start(self, *_):
+        pass
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 2:
+            self.lr_find(trainer, pl_module)
+
+
+class LateSizes(BatchSizeFinder):
+    def on_fit_start(self, *_):
+        pass
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 2:
+            self.scale_batch_size(trainer, pl_module)
+
+
+class Sized(pl.LightningDataModule):
+    batch_size = 64
+
+    def train_dataloader(self):
+        return loader(self.batch_size)
+
+
+FINDERS = {
+    "none": lambda: pl.Callback(),
+    "rates": lambda: LateFinder(num_training_steps=12, update_attr=False),
+    "sizes": lambda: LateSizes(init_val=64, max_trials=1, steps_per_trial=5),
+}
+
+
+def with_finder(name, folder):
+    watch, module = SplitWatch(replace(SOON, rewarm=20, control=15)), module_of()
+    trainer = trainer_of([FINDERS[name](), watch], default_root_dir=folder, enable_checkpointing=True)
+    trainer.fit(module, datamodule=Sized())
+    return watch, module
+
+
+def test_a_finder_amid_the_run_neither_grows_nor_leaves_anything_behind(tmp_path):
+    runs = {name: with_finder(name, tmp_path) for name in FINDERS}
+    watch, module = runs["none"]
+    assert [event.step for event in watch.events if event.comparison] == [20, 35]  # one was amid a comparison
+    for name, (other, found) in runs.items():
+        assert [(e.step, e.grown) for e in other.events] == [(e.step, e.grown) for e in watch.events]
+        assert (other.grower.steps, other._saved) == (40, {})
+        equal = [torch.equal(a, b) for a, b in zip(found.parameters(), module.parameters(), strict=True)]
+        assert all(equal) or name == "sizes"  # which resets the order of the batches
+
+
+def shown(callback, **settings):
+    return pytest.param(callback, settings, id=type(callback()).__name__)
+
+
+@pytest.mark.parametrize(
+    ("callback", "settings"),
+    [
+        shown(RichProgressBar, enable_progress_bar=True),
+        shown(TQDMProgressBar, enable_progress_bar=True),
+        shown(RichModelSummary, enable_model_summary=True),
+        shown(ModelSummary, enable_model_summary=True),
+        shown(lambda: LearningRateMonitor("step"), logger=True),
+        shown(lambda: DeviceStatsMonitor(cpu_stats=False), logger=True),
+        shown(lambda: Timer("00:01:00:00")),
+    ],
+)
+def test_what_watches_the_run_beside_it(callback, settings, tmp_path):
+    if settings.pop("logger", False):
+        settings["logger"] = CSVLogger(tmp_path)
+    watch, _, trainer = run(callback(), log_every_n_steps=5, **settings)
     assert grown(watch)
     summary = pl.utilities.model_summary.summarize(trainer.lightning_module)
     assert summary.total_parameters == watch.events[-1].parameters[1]
+
+
+def test_gradients_accumulated_by_a_schedule():
+    steps = Steps()
+    watch, _, _ = run(GradientAccumulationScheduler({0: 1, 2: 4, 5: 2}), steps, steps=30)
+    assert grown(watch)
+    assert watch.grower.steps == 30
+    assert steps.widened
+    assert all(batch_idx % accumulated == 0 for batch_idx, accumulated in steps.widened)
+
+
+class Steps(pl.Callback):
+    """Where in an epoch the network was widened: noted by the first batch that finds it wider."""
+
+    def __init__(self):
+        self.width, self.widened = 2, []
+
+    def on_before_zero_grad(self, trainer, pl_module, optimizer):
+        self.note(trainer, pl_module)
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        self.note(trainer, pl_module)
+
+    def note(self, trainer, pl_module):
+        if pl_module.net[0].out_features > self.width:
+            self.width = pl_module.net[0].out_features
+            self.widened.append((trainer.fit_loop.batch_idx, trainer.accumulate_grad_batches))
 
 
 def test_barebones_and_fast_dev_run():
@@ -194,3 +296,76 @@ def test_early_stopping_ends_a_growing_run_as_any_other():
     watch, _, trainer = run(stopping, steps=100)
     assert trainer.global_step < 100
     assert any(event.grown for event in watch.events)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_pruning_is_refused_where_the_network_grows(package):
+    pruning = importlib.import_module(package).callbacks.ModelPruning
+    with pytest.raises(SplitWatchError, match=r"callbacks: required .* found ModelPruning: .*monitor_only=True"):
+        run(pruning("l1_unstructured"), package=package)
+    watch = SplitWatch(SOON, monitor_only=True)
+    _, module, trainer = run(pruning("l1_unstructured", amount=0.3), package=package, watch=watch)
+    assert trainer.global_step == 40
+    assert watch.events
+    assert int((module.net[0].weight == 0).sum()) > 0
+
+
+def backbone_and_head():
+    """A module whose backbone is frozen at first; the optimizer has the head alone."""
+
+    def configure_optimizers(self):
+        return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=3e-2)
+
+    module = module_of(configure_optimizers=configure_optimizers)
+    torch.manual_seed(1)
+    layers = [nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)]
+    module.net = nn.Sequential(*layers).double()
+    module.backbone = module.net[:3]
+    return module
+
+
+WIDER = replace(SOON, moves="even", max_ratio=1.4, max_neurons=4, max_events=None)
+
+
+def finetune(module, callbacks, steps, **settings):
+    kept = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    trainer = trainer_of(callbacks, steps=steps, enable_checkpointing=kept)
+    trainer.fit(module, loader(), **settings)
+    return trainer
+
+
+def test_a_frozen_backbone_grows_once_it_is_unfrozen(tmp_path):
+    watch, module = SplitWatch(WIDER), backbone_and_head()
+    first = [p.detach().clone() for p in module.backbone.parameters()]
+    thaw = BackboneFinetuning(unfreeze_backbone_at_epoch=3, lambda_func=double, backbone_initial_lr=1e-3)
+    keep = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=8)
+    look = Before(24, lambda: [p.detach().clone() for p in module.backbone.parameters()])
+    trainer = finetune(module, [thaw, watch, keep, look], 44)
+    widened = {event.step: set(event.widths) for event in watch.events if event.grown}
+    assert [widened.pop(10), widened.pop(20)] == [{"net.4"}] * 2
+    assert set().union(*widened.values()) == {"net.0", "net.2", "net.4"}
+    assert all(torch.equal(a, b) for a, b in zip(first, look.seen, strict=True))
+    (optimizer,) = trainer.optimizers
+    assert len(optimizer.param_groups) == 2
+    owned = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(owned) == sorted(map(id, module.parameters()))
+    again = backbone_and_head()  # resumed after it was unfrozen, Lightning itself leaves the backbone frozen
+    thaw = BackboneFinetuning(unfreeze_backbone_at_epoch=3, lambda_func=double, backbone_initial_lr=1e-3)
+    path = next(tmp_path.glob("*step=16.ckpt"))
+    finetune(again, [thaw, SplitWatch(WIDER)], 44, ckpt_path=path, weights_only=False)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), module.parameters(), strict=True))
+
+
+def double(epoch):
+    return 2.0
+
+
+class Before(pl.Callback):
+    """What a function returns right before a step."""
+
+    def __init__(self, step, function):
+        self.step, self.function, self.seen = step, function, None
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step - 1:
+            self.seen = self.function()

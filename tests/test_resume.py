@@ -13,10 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pytorch_lightning.callbacks import ModelCheckpoint
-from runs import SOON, in_clean_process, module_of, trainer_of, wave
+from runs import QUIET, SOON, in_clean_process, loader, module_of, trainer_of, wave
 from torch import nn
 
-from splitwatch import Grower, GrowthPolicy, SplitWatch, make_growable
+from splitwatch import Grower, GrowthPolicy, SplitWatch, load_grown, make_growable
+from splitwatch.growth.checkpoint import read_history
 
 STEPS = 44
 POLICY = replace(SOON, max_events=3, max_neurons=1, moves="mixed")
@@ -177,6 +178,116 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_never_was(name, t
             killed.mkdir()
     assert attempt(name, killed)
     assert_same({**torch.load(killed / "result"), "burnt": 0}, {**wanted, "burnt": 0})
+
+
+SHORT = pytest.mark.filterwarnings(
+    *QUIET,
+    "ignore:.*no pre-optimization state was saved.*:UserWarning",
+    "ignore:Be aware that when using .ckpt_path.*:UserWarning",
+    "ignore:The dirpath has changed.*:UserWarning",
+)
+
+
+def one_cycle(self):
+    optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-2, total_steps=100)
+    return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+def momentum(self):
+    return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+def two(self):
+    return [torch.optim.Adam(layer.parameters(), 3e-2) for layer in (self.net[0], self.net[2])]
+
+
+def by_hand(self, batch, batch_idx):
+    loss = F.mse_loss(self.net(batch[0]), batch[1])
+    for optimizer in self.optimizers():
+        optimizer.zero_grad()
+    self.manual_backward(loss)
+    for optimizer in self.optimizers():
+        optimizer.step()
+    return loss
+
+
+def run_of(optimizers, folder, path=None):
+    """A run of 32 batches that grows at the tenth and the twentieth, from the beginning or from a checkpoint."""
+    manual = {"training_step": by_hand} if optimizers is two else {}
+    module = module_of(configure_optimizers=optimizers, **manual)
+    module.automatic_optimization = not manual
+    watch = SplitWatch(SOON, loss_fn=lambda module, batch: F.mse_loss(module.net(batch[0]), batch[1]))
+    keep = ModelCheckpoint(folder, "{step}", every_n_train_steps=8 * (1 + bool(manual)), save_top_k=-1)
+    trainer = trainer_of([watch, keep], steps=32 * (1 + bool(manual)), enable_checkpointing=True)
+    trainer.fit(module, loader(), ckpt_path=path, weights_only=True)
+    return module, trainer
+
+
+@SHORT
+@pytest.mark.parametrize("optimizers", [one_cycle, momentum, two], ids=lambda function: function.__name__)
+def test_a_narrow_module_resumes_to_the_bit_from_before_growth_and_after(optimizers, tmp_path):
+    straight, trainer = run_of(optimizers, tmp_path)
+    wanted = [optimizer.state_dict() for optimizer in trainer.optimizers]
+    for step in (8, 16):
+        path = tmp_path / f"step={step * len(wanted)}.ckpt"
+        resumed, other = run_of(optimizers, tmp_path / "resumed", path)
+        assert_same(dict(resumed.named_parameters()), dict(straight.named_parameters()))
+        assert_same([optimizer.state_dict() for optimizer in other.optimizers], wanted)
+
+
+@SHORT
+def test_a_wide_module_goes_back_to_a_checkpoint_from_before_its_growth(tmp_path):
+    def test_step(self, batch, batch_idx):
+        self.log("tested", F.mse_loss(self.net(batch[0]), batch[1]))
+
+    module, (x, y) = module_of(test_step=test_step), wave()
+    keep = ModelCheckpoint(tmp_path, "{step}", monitor="loss", mode="max", every_n_train_steps=8, save_top_k=-1)
+    trainer = trainer_of([SplitWatch(SOON), keep], steps=24, enable_checkpointing=True)
+    trainer.fit(module, loader())
+    assert module.net[0].out_features == 6
+    (found,) = trainer.test(module, loader(512), ckpt_path=tmp_path / "step=8.ckpt", verbose=False)
+    narrow = load_grown(lambda: module_of(), tmp_path / "step=8.ckpt")
+    assert module.net[0].out_features == narrow.net[0].out_features == 2
+    assert found["tested"] == pytest.approx(F.mse_loss(narrow.net(x), y).item(), rel=1e-9)
+    trainer.test(module, loader(512), ckpt_path="best", verbose=False)
+    assert len(module._load_state_dict_pre_hooks) == 1
+    again = trainer_of([SplitWatch(SOON)], steps=24)
+    again.fit(module, loader(), ckpt_path=tmp_path / "step=8.ckpt")
+    assert module.net[0].out_features == 6
+
+
+def rebuilt(trainer, module, path):
+    """As a module does that leaves something out in ``on_save_checkpoint``."""
+    module.on_save_checkpoint = lambda checkpoint: checkpoint.update(state_dict=dict(checkpoint["state_dict"]))
+    trainer.save_checkpoint(path)
+
+
+SAVED = {
+    "checkpoint": lambda trainer, module, path: trainer.save_checkpoint(path),
+    "weights only": lambda trainer, module, path: trainer.save_checkpoint(path, weights_only=True),
+    "state dict": lambda trainer, module, path: torch.save(module.state_dict(), path),
+    "rebuilt": rebuilt,
+}
+
+
+@SHORT
+@pytest.mark.parametrize("how", SAVED)
+def test_however_it_was_saved_a_grown_network_is_loaded(how, tmp_path):
+    module = module_of()
+    trainer = trainer_of([SplitWatch(SOON)], steps=24)
+    trainer.fit(module, loader())
+    SAVED[how](trainer, module, tmp_path / "saved")
+    loaded = load_grown(lambda: module_of(), tmp_path / "saved")
+    assert_same(dict(loaded.named_parameters()), dict(module.named_parameters()))
+    assert read_history(tmp_path / "saved")["net.0"]["widths"] == [2, 4, 6]
+    again = load_grown(lambda: module_of(), tmp_path / "saved")
+    torch.save(again.state_dict(), tmp_path / "again")
+    assert read_history(tmp_path / "again")["net.0"]["widths"] == [2, 4, 6]
+    if how in ("checkpoint", "rebuilt"):
+        resumed = module_of()
+        trainer_of([SplitWatch(SOON)], steps=25).fit(resumed, loader(), ckpt_path=tmp_path / "saved")
+        assert resumed.net[0].out_features == 6
 
 
 def test_a_decision_and_the_probe_behind_it_survive_a_restart(tmp_path):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from splitwatch.anatomy import plain_module, plain_name
 from splitwatch.growth.handlers import columns, rows
 from splitwatch.records import GrowthPlan, SplitWatchError
 
-_KEY = "splitwatch"
+KEY = "splitwatch"
+"""Under which growth is recorded, in the metadata of a state dict and in the state of a callback."""
 
 
 class GrowthHistory:
@@ -54,11 +56,11 @@ class GrowthHistory:
         """State-dict post-hook: put the history into the metadata."""
         metadata = getattr(state, "_metadata", None)
         if metadata is not None and self.layers:
-            metadata.setdefault(prefix.removesuffix("."), {})[_KEY] = self.layers
+            metadata.setdefault(prefix.removesuffix("."), {})[KEY] = self.layers
 
     def on_load(self, module: nn.Module, state: Any, prefix: str, local: Mapping[str, Any], *_: Any) -> None:
         """Load pre-hook: give the model the widths of the state dict."""
-        stored = local.get(_KEY) or self.elsewhere()
+        stored = local.get(KEY) or self.elsewhere()
         state, prefix = {plain_name(name): tensor for name, tensor in state.items()}, plain_name(prefix)
         for name in {**self.layers, **stored}:
             _resize(module, state, prefix, stored.get(name) or self.layers[name])
@@ -120,13 +122,23 @@ def read_history(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     Raises:
         SplitWatchError: the file holds no state dict.
     """
-    return stored_history(read_state(path)[0])[1]
+    state, checkpoint = read_state(path)
+    return stored_history(state)[1] or told_history(checkpoint)
+
+
+def told_history(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The growth by layer that a callback's state in a Lightning checkpoint tells, empty where none does.
+
+    A state dict that somebody rebuilt, to leave out frozen parameters for instance, has no metadata any more.
+    """
+    states = checkpoint.get("callbacks", {}).values()
+    return next((state[KEY] for state in states if isinstance(state, Mapping) and state.get(KEY)), {})
 
 
 def stored_history(state: Mapping[str, Any]) -> tuple[str, dict[str, dict[str, Any]]]:
     """The prefix of the grown module in a state dict, and its growth by layer; both empty where there is none."""
     metadata: Mapping[str, Any] = getattr(state, "_metadata", {})
-    return next(((prefix, entry[_KEY]) for prefix, entry in metadata.items() if _KEY in entry), ("", {}))
+    return next(((prefix, entry[KEY]) for prefix, entry in metadata.items() if KEY in entry), ("", {}))
 
 
 def read_state(path: str | os.PathLike[str]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
@@ -154,8 +166,10 @@ def load_grown(cls: Any, path: str | os.PathLike[str], **kwargs: Any) -> Any:
     """
     state, checkpoint = read_state(path)
     model = cls(**{**checkpoint.get("hyper_parameters", {}), **kwargs})
-    make_growable(model)
+    history = make_growable(model)
+    history.elsewhere = partial(told_history, checkpoint)
     model.load_state_dict(state)
+    history.elsewhere = dict
     return model
 
 

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from splitwatch.batches import Batch
 from splitwatch.events import GrowthEvent
 from splitwatch.grower import Grower, Sink
+from splitwatch.growth.checkpoint import KEY, recall
 from splitwatch.growth.policy import GrowthPolicy
-from splitwatch.lightning.neighbours import grow_along, make_all_growable
+from splitwatch.lightning.neighbours import check_neighbours, grow_along, make_all_growable
 from splitwatch.lightning.packages import CALLBACKS
 from splitwatch.lightning.strategies import check_strategy, follow_growth
 from splitwatch.probe import LossFunction, Probe
 from splitwatch.records import SplitWatchError
 from splitwatch.report.board import TensorBoardSink
+from splitwatch.report.loggers import writer_of
 from splitwatch.report.scalars import event_scalars, size_scalars
 
 if TYPE_CHECKING:
@@ -68,6 +70,7 @@ class SplitWatch(Callback):
         """Let checkpoints of another width load; refuse what cannot work before training starts."""
         if stage == "fit":
             check_strategy(trainer, pl_module, grows=not self.monitor_only)
+            check_neighbours(trainer, grows=not self.monitor_only)
         make_all_growable(trainer, pl_module)
         if stage == "fit" and self.loss_fn is None and not pl_module.automatic_optimization:
             raise SplitWatchError(
@@ -90,10 +93,7 @@ class SplitWatch(Callback):
             progress=trainer.progress_bar_callback is not None,
             training_loss=_training_loss(trainer),
         )
-        if self._saved:
-            self.grower.load_state_dict(self._saved)
-            self._saved = {}
-        self._step = trainer.global_step
+        self._continue(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -113,6 +113,8 @@ class SplitWatch(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         """Measure and grow, if that is due, before the step begins."""
+        if self._saved:  # a finder, run between two epochs, has put everything back to where it began
+            self._continue(trainer)
         if self.grower is None or batch_idx % trainer.accumulate_grad_batches:
             return
         event = self.grower.act()
@@ -120,24 +122,32 @@ class SplitWatch(Callback):
             grow_along(trainer, event.plan)
             follow_growth(trainer)
 
+    def _continue(self, trainer: pl.Trainer) -> None:
+        """Take over a state that was loaded, if there is one, and count steps from here."""
+        if self.grower is not None and self._saved:
+            self.grower.load_state_dict(self._saved)
+        self._saved, self._step = {}, trainer.global_step
+
     def state_dict(self) -> dict[str, Any]:
-        """The grower's state, in builtins."""
-        return {} if self.grower is None else self.grower.state_dict()
+        """The grower's state, in builtins, and what grew, for state dicts that lose their metadata."""
+        return {} if self.grower is None else {**self.grower.state_dict(), KEY: recall(self.grower.model) or {}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until training starts."""
+        """Keep the state until training starts, or goes on."""
         self._saved = state_dict
 
     def _log(self, trainer: pl.Trainer, event: GrowthEvent) -> None:
-        """Scalars to every logger, figures and texts to those whose experiment can show them."""
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        """Scalars to other callbacks and every logger, figures and texts to loggers that can show them."""
+        step, scalars = trainer.fit_loop.epoch_loop._batches_that_stepped, event_scalars(event)
+        if not trainer.barebones:
+            trainer.lightning_module.log_dict(scalars, logger=False, on_step=True, on_epoch=False)
         for logger in trainer.loggers:
             if event.grown:
                 logger.log_metrics(size_scalars(event, before=True), step=step - 1)
-            logger.log_metrics(event_scalars(event), step=step)
-            experiment = getattr(logger, "experiment", None)
-            if hasattr(experiment, "add_histogram"):
-                board = self._boards.setdefault(id(logger), TensorBoardSink(experiment, scalars=False))
+            logger.log_metrics(scalars, step=step)
+            writer = writer_of(logger) if trainer.is_global_zero else None
+            if writer is not None:
+                board = self._boards.setdefault(id(logger), TensorBoardSink(writer, scalars=False))
                 board(event, step)
 
 

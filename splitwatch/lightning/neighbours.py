@@ -9,17 +9,17 @@ from typing import Any
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from splitwatch.growth.checkpoint import make_growable, stored_history
+from splitwatch.growth.checkpoint import make_growable, stored_history, told_history
 from splitwatch.growth.grow import grow
 from splitwatch.lightning.packages import package_of
-from splitwatch.records import GrowthPlan
+from splitwatch.records import GrowthPlan, SplitWatchError
 
 
 class Loading:
     """The growth in the checkpoint that a Trainer is loading; does not drag the Trainer into copies of the module.
 
-    WeightAveraging rebuilds the state dict, which loses what it says of growth, and keeps the module's own under
-    another name.
+    A state dict that is rebuilt loses what it says of growth. WeightAveraging does so and keeps the module's own under
+    another name; where modules do (``on_save_checkpoint``), the state of SplitWatch tells.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -28,13 +28,30 @@ class Loading:
     def __call__(self) -> Mapping[str, Any]:
         """The growth by layer, empty where none is recorded."""
         checkpoint = self.trainer._checkpoint_connector._loaded_checkpoint or {}
-        return stored_history(checkpoint.get("current_model_state", {}))[1]
+        return stored_history(checkpoint.get("current_model_state", {}))[1] or told_history(checkpoint)
 
     def __deepcopy__(self, _memo: Any) -> Loading:
         return self
 
     def __reduce__(self) -> tuple:
         return partial, (dict,)
+
+
+def check_neighbours(trainer: Any, *, grows: bool) -> None:
+    """Refuse a callback that a network which ``grows`` would be at odds with.
+
+    Raises:
+        SplitWatchError: ModelPruning is there.
+    """
+    pruning = package_of(trainer).callbacks.ModelPruning
+    for callback in trainer.callbacks:
+        if grows and isinstance(callback, pruning):
+            raise SplitWatchError(
+                f"callbacks: required none that prunes a network which grows, found {type(callback).__name__}: its "
+                "masks and its copies of the first weights keep the widths they were made with, and masked layers "
+                "cannot be widened; prune in a run of its own, from a checkpoint of the grown network, or use "
+                "SplitWatch(monitor_only=True)"
+            )
 
 
 def averaged_copies(trainer: Any) -> Iterator[nn.Module]:
