@@ -62,17 +62,26 @@ class ChannelCodes:
     def _touched_channels(self, call: Call, leaf: int, fixed: dict[int, Tensor]) -> int:
         """How many channels one entry of a constant reaches (none where the call only puts it beside them)."""
         changed = call.leaves[leaf].detach().clone(memory_format=torch.contiguous_format)
-        changed.view(-1)[changed.numel() // 2] += 1 + changed.abs().amax()
-        before, after = evaluate(call, fixed), evaluate(call, fixed | {leaf: changed})
+        changed.view(-1)[self._entry(call, changed.numel())] += 1 + changed.abs().amax()
         reached: set[int] = set()
         codes = self.codes
-        for v in (v for v in call.results if v in codes and before[v].shape == codes[v].shape):
-            reached.update(codes[v][(before[v] != after[v]) & (codes[v] >= 0)].unique().tolist())
+        for values in (fixed, {i: -value for i, value in fixed.items()}):  # a slope is seen on one side of zero only
+            before, after = evaluate(call, values), evaluate(call, values | {leaf: changed})
+            for v in (v for v in call.results if v in codes and before[v].shape == codes[v].shape):
+                reached.update(codes[v][(before[v] != after[v]) & (codes[v] >= 0)].unique().tolist())
         return len(reached)
+
+    def _entry(self, call: Call, count: int) -> int:
+        """One entry of a constant: of one that meets element by element, where the path is not cut off (by a ReLU)."""
+        for code in (self.codes[v].flatten() for v in call.results if v in self.codes):
+            coded = (code >= 0).nonzero()
+            if len(code) == count and len(coded):
+                return int(coded[len(coded) // 2])
+        return count // 2
 
 
 class _Replay:
-    """Replays a path on two independent draws of the pre-activations, exchanged on half of the channels."""
+    """Replays a path on two draws of the pre-activations, exchanged on half of the channels."""
 
     def __init__(self, path: Path, producers: Sequence[LinearCall]) -> None:
         self.path = path
@@ -112,7 +121,8 @@ def _normal(like: Tensor, seed: int = 0) -> Tensor:
 
 
 def _random_pair(call: LinearCall) -> tuple[Tensor, Tensor]:
-    """Two independent draws of a producer's output, of its own size."""
+    """Two draws of a producer's output, of its own size and of opposite signs: a ReLU would hide two negative ones."""
     z = pre_activation(call)
     scale = z.std() if z.numel() > 1 and bool(z.std() > 0) else z.new_ones(())
-    return _normal(z, 2 * call.index) * scale, _normal(z, 2 * call.index + 1) * scale
+    first, second = _normal(z, 2 * call.index) * scale, _normal(z, 2 * call.index + 1) * scale
+    return first, torch.where(first > 0, -second.abs(), second.abs())

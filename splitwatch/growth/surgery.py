@@ -31,10 +31,12 @@ class Replacement:
     new: Tensor
     maps: tuple[tuple[IndexMap, Tensor, Tensor], ...]
 
-    def carry_gradient(self, tensor: Tensor, scale: Callable[[Tensor], Tensor] = lambda gain: gain) -> Tensor:
-        """A gradient of the old shape, or what an optimizer made of past ones, in the new shape."""
+    def carry_gradient(
+        self, tensor: Tensor, scale: Callable[[Tensor], Tensor] = lambda gain: gain, default: float = 0.0
+    ) -> Tensor:
+        """A gradient of the old shape, or what an optimizer made of past ones, in the new shape; sprouts have none."""
         for index, gradient, _ in self.maps:
-            tensor = index(tensor, scale(gradient))
+            tensor = index(tensor, scale(gradient), default)
         return tensor
 
     def carry_value(self, tensor: Tensor) -> Tensor:
