@@ -21,7 +21,7 @@ from splitwatch.growth.grow import count_parameters, grow
 from splitwatch.growth.optimizer import coupled_weight_decay
 from splitwatch.growth.outcomes import outcomes
 from splitwatch.growth.plan import plan_growth
-from splitwatch.growth.policy import GrowthPolicy
+from splitwatch.growth.policy import GrowthPolicy, imported
 from splitwatch.growth.replicas import bare, bare_optimizers, follow
 from splitwatch.layers import find_hidden_layers, select_layers
 from splitwatch.probe import LossFunction, Probe
@@ -78,7 +78,9 @@ class Grower:
         self.optimizers = bare_optimizers(optimizer)
         self.loss_fn, self.policy = loss_fn, policy or GrowthPolicy()
         self.monitor_only, self.sinks, self.progress = monitor_only, list(sinks), progress
-        self.detector = StationarityDetector(self.policy.window, self.policy.tolerance, self.policy.noise_ratio)
+        given = self.policy
+        own = None if given.detector is None else imported("detector", given.detector)
+        self.detector = StationarityDetector(given.window, given.tolerance, given.noise_ratio, own)
         self.collector = ProbeCollector(-(-self.policy.probe_samples // rank_count()))
         self.fixed_probe = probe
         self.verdict: StationarityVerdict | None = None

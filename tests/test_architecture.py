@@ -24,6 +24,7 @@ ROOMS = (
     "linear_map",
     "anatomy",
     "channels",
+    "handlers",
     "layers",
     "probe",
     "collect",

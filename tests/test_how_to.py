@@ -17,7 +17,19 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
-from splitwatch import Grower, GrowthPolicy, SplitWatch, grow, load_grown, make_growable
+from splitwatch import (
+    Grower,
+    GrowthPlan,
+    GrowthPolicy,
+    Probe,
+    Split,
+    SplitWatch,
+    Sprout,
+    find_hidden_layers,
+    grow,
+    load_grown,
+    make_growable,
+)
 from splitwatch.growth import optimizer as carrying
 
 PAGES = pathlib.Path(__file__).parent.parent / "docs" / "how-to"
@@ -69,7 +81,8 @@ def names():
         "DistributedDataParallel": DistributedDataParallel, "SplitWatch": SplitWatch, "load_grown": load_grown,
         "make_growable": make_growable, "Net": Net, "Module": Module, "loader": loader_of(), "policy": SOON,
         "loss_fn": lambda model, batch: F.mse_loss(model(batch[0]), batch[1]), "backend": "eager", "model": model,
-        "optimizer": torch.optim.Adam(model.parameters(), lr=3e-2), "settings": settings,
+        "optimizer": torch.optim.Adam(model.parameters(), lr=3e-2), "settings": settings, "nn": nn,
+        "GrowthPolicy": GrowthPolicy,
     }  # fmt: skip
 
 
@@ -162,6 +175,29 @@ def test_optimizers():
     run(own)
     assert carrying.STATES.pop("my_momentum") is carrying.LINEAR
     assert before == carrying.STATES
+
+
+def test_extend():
+    loss, detector, sink, handler = blocks("extend.md")
+    space = run(loss + detector + sink + handler)
+    grower, scale = space["grower"], space["Scale"]
+    for batch in loader_of():
+        value = space["loss_fn"](space["model"], batch)
+        space["optimizer"].zero_grad()
+        value.backward()
+        space["optimizer"].step()
+        grower.step(batch, value)
+    assert grower.events[0].verdict.kind == "stationary"
+    assert len(space["growths"]) == grower.growths > 0
+    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), scale(3), nn.Linear(3, 1))
+    probe = Probe([torch.randn(8, 2), torch.randn(8, 2)], lambda m, x: m(x).square().mean())
+    (layer, _) = find_hidden_layers(model, probe)
+    assert layer.riders == ("2",)
+    still = Sprout("0", torch.ones(3), torch.zeros(1))
+    split = Split("0", 1, (2.0, -1.0), torch.zeros(2, 3), torch.zeros(2, 1), 0.0)
+    event = grow(model, GrowthPlan((layer,), (split, still), "by hand"), probe=probe)
+    assert event.drift <= 1e-6
+    assert model[2].factor.tolist() == [1.0] * 5
 
 
 class Manual(Module):

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from splitwatch.growth.handlers import Fields, columns, rows
 from splitwatch.growth.widening import IndexMap, Widening, as_column, submodule, widenings
+from splitwatch.handlers import Fields, columns, rows
 from splitwatch.records import GrowthPlan, HiddenLayer
 
 
