@@ -15,7 +15,7 @@ from splitwatch.budget import GEOMETRY, TEST, Budget, Stages
 from splitwatch.collect import ProbeCollector
 from splitwatch.control import Control, control_for
 from splitwatch.diagnosis import diagnosis
-from splitwatch.events import GrowthEvent, light
+from splitwatch.events import GrowthEvent, light, packed, unpacked
 from splitwatch.geometry.measure import measure_geometry
 from splitwatch.growth.grow import count_parameters, grow
 from splitwatch.growth.optimizer import coupled_weight_decay
@@ -199,11 +199,12 @@ class Grower:
     def state_dict(self) -> dict[str, Any]:
         """What has to survive a restart, in builtins and tensors: a probe in the making too, unless it is large.
 
-        A control is not continued.
+        Events are kept without their geometry. A control is not continued.
         """
         counts = {key: getattr(self, key) for key in ("steps", "growths", "batch_size", "pending")}
         counts["control"] = 0 if self.control is None else len(self.control.losses)
         counts["rewarm"] = [item.done for item in self.rewarm]
+        counts["events"] = [packed(light(event)) for event in self.events]
         parts = ("detector", "budget", "collector")
         return counts | {part: getattr(self, part).state_dict() for part in parts}
 
@@ -211,6 +212,7 @@ class Grower:
         """Continue from a saved state; what was decided is done where the probe was saved too, or is given."""
         for key in ("steps", "growths", "batch_size"):
             setattr(self, key, state[key])
+        self.events[:] = map(unpacked, state.get("events", ()))
         self.collector.load_state_dict(state.get("collector", {}), next(self.model.parameters()).device)
         self.pending = bool(state["pending"]) and (self.fixed_probe is not None or bool(self.collector.batches))
         for item, done in zip(self.rewarm, state.get("rewarm", ()), strict=False):

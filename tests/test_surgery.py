@@ -18,7 +18,7 @@ from splitwatch.growth.reduction import critical_reduction
 
 BOUNDS = {torch.float32: 1e-6, torch.float64: 1e-12}
 QUICK = settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[*HealthCheck])
-THOROUGH = settings(QUICK, max_examples=120)
+THOROUGH = settings(QUICK, max_examples=60)
 
 
 def bound(case, parameter):
