@@ -199,7 +199,7 @@ class Grower:
     def state_dict(self) -> dict[str, Any]:
         """What has to survive a restart, in builtins and tensors: a probe in the making too, unless it is large.
 
-        Events are kept without their geometry. A control is not continued.
+        Events are kept without geometry. Each process has a state of its own to save. A control is not continued.
         """
         counts = {key: getattr(self, key) for key in ("steps", "growths", "batch_size", "pending")}
         counts["control"] = 0 if self.control is None else len(self.control.losses)

@@ -17,6 +17,7 @@ from splitwatch.lightning.neighbours import grow_along, make_all_growable
 from splitwatch.lightning.packages import CALLBACKS
 from splitwatch.lightning.strategies import check_strategy, follow_growth
 from splitwatch.probe import LossFunction, Probe
+from splitwatch.ranks import gathered, rank_count
 from splitwatch.records import SplitWatchError
 from splitwatch.report.board import TensorBoardSink
 from splitwatch.report.scalars import event_scalars, size_scalars
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     Callback = pl.Callback
 else:
     Callback = type("Callback", CALLBACKS, {"__module__": __name__})
+
+_OWN = ("collector", "detector", "batch_size")
+"""What differs between the growers of several processes."""
 
 
 class SplitWatch(Callback):
@@ -91,7 +95,9 @@ class SplitWatch(Callback):
             training_loss=_training_loss(trainer),
         )
         if self._saved:
-            self.grower.load_state_dict(self._saved)
+            owned = self._saved.get("ranks", [])
+            own = owned[trainer.global_rank] if len(owned) == trainer.world_size else {}
+            self.grower.load_state_dict(self._saved | own)
             self._saved = {}
         self._step = trainer.global_step
 
@@ -121,8 +127,11 @@ class SplitWatch(Callback):
             follow_growth(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """The grower's state, in builtins."""
-        return {} if self.grower is None else self.grower.state_dict()
+        """The grower's state, in builtins, with what each process has of its own; called on all, as Lightning does."""
+        state = {} if self.grower is None else self.grower.state_dict()
+        if not state or rank_count() == 1:
+            return state
+        return state | {"collector": {}, "ranks": gathered({key: state[key] for key in _OWN})}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until training starts."""
