@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from pytorch_lightning.callbacks import ModelCheckpoint
 from runs import SOON, in_clean_process, module_of, trainer_of, wave
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from splitwatch import Grower, GrowthPolicy, SplitWatch, make_growable
 from splitwatch.events import light, packed
@@ -219,6 +220,8 @@ def test_events_survive_a_restart(tmp_path):
         grower.step((x[rows], y[rows]), F.mse_loss(model(x[rows]), y[rows]))
     assert [event.grown for event in grower.events].count(True) == 2
     assert any(event.comparison for event in grower.events)
+    plain = {torch.Tensor, int, float, str, bool, type(None)}
+    assert {*map(type, pytree.tree_leaves(grower.state_dict()))} <= plain
     torch.save(grower.state_dict(), tmp_path / "state")
     other = make()
     other.load_state_dict(torch.load(tmp_path / "state", weights_only=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,11 @@ class SplitWatch(Callback):
     accumulated batches. Lightning's own x-axis is used for everything that is logged.
     """
 
+    # Lightning calls and times every hook of every callback, also the empty ones, several times in a step; it passes
+    # over those that are None.
+    on_before_zero_grad = on_before_backward = None  # pyright: ignore[reportAssignmentType]
+    on_after_backward = on_before_optimizer_step = None  # pyright: ignore[reportAssignmentType]
+
     def __init__(
         self,
         policy: GrowthPolicy | None = None,
@@ -61,6 +66,7 @@ class SplitWatch(Callback):
         self.grower: Grower | None = None
         self._saved: dict[str, Any] = {}
         self._step = -1
+        self._convert: Callable[[Batch], Batch] = lambda batch: batch
         self._boards: dict[int, TensorBoardSink] = {}
 
     @property
@@ -99,26 +105,30 @@ class SplitWatch(Callback):
             own = owned[trainer.global_rank] if len(owned) == trainer.world_size else {}
             self.grower.load_state_dict(self._saved | own)
             self._saved = {}
-        self._step = trainer.global_step
+        self._step, self._convert = trainer.global_step, trainer.precision_plugin.convert_input
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Take note of a step, unless gradients are still being accumulated."""
-        if self.grower is None or trainer.global_step == self._step:
+        step = trainer.global_step
+        if self.grower is None or step == self._step:
             return
-        self._step = trainer.global_step
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        self._step = step
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if loss is None and self.grower.steps:
             return  # a batch the module chose to skip
         if loss is None:
             raise SplitWatchError("training_step: required a returned loss to watch, found None; return the loss")
-        self.grower.observe(trainer.precision_plugin.convert_input(batch), loss)
+        self.grower.observe(self._convert(batch), loss)
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
-    ) -> None:
-        """Measure and grow, if that is due, before the step begins."""
+    @property
+    def on_train_batch_start(self) -> Callable[..., None] | None:
+        """What is done before a step; None on most, where no measurement is due."""
+        return self._act if self.grower is not None and self.grower.pending else None
+
+    def _act(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int) -> None:
+        """Measure and grow before the step begins."""
         if self.grower is None or batch_idx % trainer.accumulate_grad_batches:
             return
         event = self.grower.act()
