@@ -96,4 +96,4 @@ def test_the_callbacks_overhead_is_timed_in_turns(monkeypatch, capsys):
     middle, low, high = module.main(["--steps", "40", "--repeats", "1"])
     assert low <= middle <= high
     shown = capsys.readouterr().out
-    assert all(f"with {name} against without, CPU:" in shown for name in ("SplitWatch", "no callback"))
+    assert all(f"{name} against none, CPU:" in shown for name in ("SplitWatch", "one empty hook", "none"))
