@@ -62,13 +62,17 @@ class ChannelCodes:
     def _touched_channels(self, call: Call, leaf: int, fixed: dict[int, Tensor]) -> int:
         """How many channels one entry of a constant reaches (none where the call only puts it beside them).
 
-        Entries of channels that are silent (a zero weight of BatchNorm) reach nothing, so several are tried.
+        Entries of channels that are silent (a zero weight of BatchNorm) reach nothing, so several are tried, and a
+        slope is seen on one side of zero only.
         """
-        constant, before = call.leaves[leaf].detach(), evaluate(call, fixed)
-        for place in _spread(constant.numel()):
+        constant = call.leaves[leaf].detach()
+        for place in self._places(call, constant.numel()):
             changed = constant.clone(memory_format=torch.contiguous_format)
             changed.view(-1)[place] += 1 + changed.abs().amax()
-            if reached := self._reached(before, evaluate(call, fixed | {leaf: changed})):
+            reached: set[int] = set()
+            for values in (fixed, {i: -value for i, value in fixed.items()}):
+                reached |= self._reached(evaluate(call, values), evaluate(call, values | {leaf: changed}))
+            if reached:
                 return len(reached)
         return 0
 
@@ -79,15 +83,19 @@ class ChannelCodes:
             reached.update(self.codes[v][(before[v] != after[v]) & (self.codes[v] >= 0)].unique().tolist())
         return reached
 
-
-def _spread(length: int, most: int = 16) -> list[int]:
-    """Places in a tensor, its middle first."""
-    middle = length // 2
-    return sorted({middle, *range(0, length, -(-length // most))}, key=lambda place: abs(place - middle))
+    def _places(self, call: Call, count: int, most: int = 16) -> list[int]:
+        """Entries of a constant: one that meets element by element, where no ReLU cuts the path off, and others."""
+        middle = count // 2
+        places = sorted({middle, *range(0, count, -(-count // most))}, key=lambda place: abs(place - middle))
+        for code in (self.codes[v].flatten() for v in call.results if v in self.codes):
+            coded = (code >= 0).nonzero()
+            if len(code) == count and len(coded):
+                return [int(coded[len(coded) // 2]), *places]
+        return places
 
 
 class _Replay:
-    """Replays a path on two independent draws of the pre-activations, exchanged on half of the channels."""
+    """Replays a path on two draws of the pre-activations, exchanged on half of the channels."""
 
     def __init__(self, path: Path, producers: Sequence[LinearCall]) -> None:
         self.path = path
@@ -127,7 +135,8 @@ def _normal(like: Tensor, seed: int = 0) -> Tensor:
 
 
 def _random_pair(call: LinearCall) -> tuple[Tensor, Tensor]:
-    """Two independent draws of a producer's output, of its own size."""
+    """Two draws of a producer's output, of its own size and of opposite signs: a ReLU would hide two negative ones."""
     z = pre_activation(call)
     scale = z.std() if z.numel() > 1 and bool(z.std() > 0) else z.new_ones(())
-    return _normal(z, 2 * call.index) * scale, _normal(z, 2 * call.index + 1) * scale
+    first, second = _normal(z, 2 * call.index) * scale, _normal(z, 2 * call.index + 1) * scale
+    return first, torch.where(first > 0, -second.abs(), second.abs())

@@ -14,7 +14,7 @@ from splitwatch.probe import LossFunction, Probe
 from splitwatch.ranks import everywhere, gathered, rank, rank_count
 
 STORED = 2**26
-"""Bytes of the largest probe in the making that is saved with a run; a larger one is collected afresh."""
+"""Bytes of the largest probe in the making that is saved, on all ranks together; a larger one is collected afresh."""
 
 RECENT = 64
 """Samples over which the share of new ones is averaged, so that a few repeated ones do not end the collecting."""
@@ -39,17 +39,19 @@ class ProbeCollector:
         self.ready = False
 
     def state_dict(self) -> dict[str, Any]:
-        """What was collected, in builtins and tensors; empty where that is much, or spread over several ranks."""
+        """What this rank collected, in builtins and tensors; empty where that is much."""
         leaves = [leaf for leaf in pytree.tree_leaves(self.batches) if isinstance(leaf, Tensor)]
         size = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
-        if rank_count() > 1 or size > STORED or not _is_plain(self.batches):
+        if size > STORED / rank_count() or not _is_plain(self.batches):
             return {}
-        return {"batches": self.batches, "prints": self._prints, "news": self._news, "ready": self.ready}
+        batches = pytree.tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, self.batches)
+        place = {"rank": rank(), "ranks": rank_count()}
+        return {"batches": batches, "prints": self._prints, "news": self._news, "ready": self.ready, **place}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Continue from what was saved, or afresh where that is nothing."""
+        """Continue from what was saved, or afresh where a rank has nothing, or what another one saved."""
         self.clear()
-        if state:
+        if everywhere("batches" in state and (state.get("rank", 0), state.get("ranks", 1)) == (rank(), rank_count())):
             self.batches = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, state["batches"])
             self._prints, self._news, self.ready = list(state["prints"]), state["news"], state["ready"]
             self._seen = {value for prints in self._prints for value in prints}

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Final
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Final
 
-from splitwatch.records import GrowthPlan, LayerGeometry, PlateauVerdict, StationarityVerdict, table
+from splitwatch.records import (
+    Consumer,
+    GrowthPlan,
+    HiddenLayer,
+    LayerGeometry,
+    PlateauVerdict,
+    Split,
+    Sprout,
+    StationarityVerdict,
+    table,
+)
 
 SURE: Final = 2.0
 """Standard errors from which on a difference counts as one."""
@@ -127,3 +137,35 @@ def light(event: GrowthEvent) -> GrowthEvent:
     """An event without its tensors, but for a plan that was carried out."""
     plan = event.plan if event.grown else replace(event.plan, moves=())
     return replace(event, geometry={}, plan=plan)
+
+
+_RECORDS: Final[dict[str, Any]] = {
+    record.__name__: record
+    for record in (
+        GrowthEvent, Outcome, Comparison, GrowthPlan, HiddenLayer, Consumer, Split, Sprout, StationarityVerdict,
+        PlateauVerdict, LayerGeometry,
+    )
+}  # fmt: skip
+
+
+def packed(value: Any) -> Any:
+    """A record, or what one holds, in builtins and tensors, which ``torch.load(weights_only=True)`` takes."""
+    if (name := type(value).__name__) in _RECORDS:
+        return {"record": name} | {item.name: packed(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: packed(item) for key, item in value.items()}
+    return tuple(map(packed, value)) if isinstance(value, (tuple, list)) else value
+
+
+def unpacked(value: Any) -> Any:
+    """What was packed; fields that the record does not have any more are left out."""
+    if isinstance(value, (tuple, list)):
+        return tuple(map(unpacked, value))
+    if not isinstance(value, Mapping):
+        return value
+    inside = {key: unpacked(item) for key, item in value.items()}
+    name = inside.get("record")
+    if not isinstance(name, str) or name not in _RECORDS:
+        return inside
+    record = _RECORDS[name]
+    return record(**{item.name: inside[item.name] for item in fields(record) if item.name in inside})

@@ -15,13 +15,13 @@ from splitwatch.budget import GEOMETRY, TEST, Budget, Stages
 from splitwatch.collect import ProbeCollector
 from splitwatch.control import Control, control_for
 from splitwatch.diagnosis import diagnosis
-from splitwatch.events import GrowthEvent, light
+from splitwatch.events import GrowthEvent, light, packed, unpacked
 from splitwatch.geometry.measure import measure_geometry
 from splitwatch.growth.grow import count_parameters, grow
 from splitwatch.growth.optimizer import coupled_weight_decay
 from splitwatch.growth.outcomes import outcomes
 from splitwatch.growth.plan import plan_growth
-from splitwatch.growth.policy import GrowthPolicy
+from splitwatch.growth.policy import GrowthPolicy, imported
 from splitwatch.growth.replicas import bare, bare_optimizers, follow
 from splitwatch.layers import find_hidden_layers, select_layers
 from splitwatch.probe import LossFunction, Probe
@@ -78,7 +78,9 @@ class Grower:
         self.optimizers = bare_optimizers(optimizer)
         self.loss_fn, self.policy = loss_fn, policy or GrowthPolicy()
         self.monitor_only, self.sinks, self.progress = monitor_only, list(sinks), progress
-        self.detector = StationarityDetector(self.policy.window, self.policy.tolerance, self.policy.noise_ratio)
+        given = self.policy
+        own = None if given.detector is None else imported("detector", given.detector)
+        self.detector = StationarityDetector(given.window, given.tolerance, given.noise_ratio, own)
         self.collector = ProbeCollector(-(-self.policy.probe_samples // rank_count()))
         self.fixed_probe = probe
         self.verdict: StationarityVerdict | None = None
@@ -197,11 +199,12 @@ class Grower:
     def state_dict(self) -> dict[str, Any]:
         """What has to survive a restart, in builtins and tensors: a probe in the making too, unless it is large.
 
-        A control is continued only where it is still there, at the same step.
+        Events are kept without geometry. Each process saves its own. A control goes on only where it is still there.
         """
         counts = {key: getattr(self, key) for key in ("steps", "growths", "batch_size", "pending")}
         counts["control"] = 0 if self.control is None else len(self.control.losses)
         counts["rewarm"] = [item.done for item in self.rewarm]
+        counts["events"] = [packed(light(event)) for event in self.events]
         parts = ("detector", "budget", "collector")
         return counts | {part: getattr(self, part).state_dict() for part in parts}
 
@@ -209,6 +212,7 @@ class Grower:
         """Continue from a saved state; what was decided is done where the probe was saved too, or is given."""
         for key in ("steps", "growths", "batch_size"):
             setattr(self, key, state[key])
+        self.events[:] = map(unpacked, state.get("events", ()))
         self.collector.load_state_dict(state.get("collector", {}), next(self.model.parameters()).device)
         self.pending = bool(state["pending"]) and (self.fixed_probe is not None or bool(self.collector.batches))
         for item, done in zip(self.rewarm, state.get("rewarm", ()), strict=False):
@@ -292,6 +296,5 @@ class Grower:
                 item.begin()
             self.control = control or None
             return event
-        widths = {layer.name: (layer.width, layer.width) for layer in plan.layers}
-        parameters = count_parameters(self.model)
+        widths, parameters = {x.name: (x.width, x.width) for x in plan.layers}, count_parameters(self.model)
         return GrowthEvent(plan, widths, (parameters, parameters))

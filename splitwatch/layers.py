@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 
 from splitwatch.anatomy import Anatomy, Slice, is_depthwise, plain_module, plain_modules
 from splitwatch.channels import ChannelCodes, pre_activation
+from splitwatch.handlers import has_rows
 from splitwatch.linear_map import SUPPORTED, LinearCall
 from splitwatch.records import Consumer, HiddenLayer, SplitWatchError, UnsupportedLayerError
 from splitwatch.tape import Call, Path, Tape, Value, is_floating
@@ -27,9 +28,6 @@ from splitwatch.undisturbed import undisturbed
 
 if TYPE_CHECKING:
     from splitwatch.probe import Probe
-
-RIDERS = (nn.modules.batchnorm._BatchNorm, nn.PReLU, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-"""Modules on a path that may hold one entry per neuron (convolutions: depthwise ones)."""
 
 
 def find_hidden_layers(model: nn.Module, probe: Probe) -> tuple[HiddenLayer, ...]:
@@ -195,9 +193,10 @@ class Discovery:
 
     def _rider(self, owner: tuple[str, nn.Module], tensor: Tensor, width: int) -> str:
         name, module = owner
-        if not isinstance(module, RIDERS) or tensor.shape[0] != width:
+        if not has_rows(module) or isinstance(module, nn.Linear) or tensor.shape[0] != width:
             owner_name = name or type(module).__name__
-            raise UnsupportedLayerError(f"{owner_name} holds one entry per neuron and cannot be widened")
+            known = "and cannot be widened" if has_rows(module) else f"and {type(module).__name__} has no handler"
+            raise UnsupportedLayerError(f"{owner_name} holds one entry per neuron {known}")
         if _is_computed(module):
             raise UnsupportedLayerError(f"{name} is parametrized or pruned and holds one entry per neuron")
         if self.anatomy.weight_uses(tensor) > 1 or len(self.anatomy.owners[id(tensor)]) > 1:

@@ -5,8 +5,12 @@ Every rank has to make the same calls in the same order, as with any collective 
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import distributed
+
+T = TypeVar("T")
 
 
 def rank_count() -> int:
@@ -35,12 +39,12 @@ def largest_over_ranks(value: float) -> float:
     return value if rank_count() == 1 else _reduced(value, distributed.ReduceOp.MAX)
 
 
-def gathered(values: list[float]) -> list[list[float]]:
-    """The lists of all ranks, in their order."""
-    found: list = [values]
+def gathered(value: T) -> list[T]:
+    """What all ranks have, in their order."""
+    found: list = [value]
     if rank_count() > 1:
-        found = [[]] * rank_count()
-        distributed.all_gather_object(found, values)
+        found *= rank_count()
+        distributed.all_gather_object(found, value)
     return found
 
 

@@ -25,6 +25,7 @@ ROOMS = (
     "linear_map",
     "anatomy",
     "channels",
+    "handlers",
     "layers",
     "probe",
     "collect",

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from runs import USUAL
 
 PEERS_WARN = pytest.mark.filterwarnings(
     "ignore:Using backward.. with create_graph=True:UserWarning", "ignore:.torch.jit.script. is:DeprecationWarning"
@@ -86,3 +87,13 @@ def test_hessian_products_are_those_of_other_libraries(curvature):
 @pytest.mark.slow
 def test_float32_curvatures_are_those_of_float64(curvature):
     assert all(claims(curvature, "all networks").values())
+
+
+@pytest.mark.filterwarnings(*USUAL)
+def test_the_callbacks_overhead_is_timed_in_turns(monkeypatch, capsys):
+    module = loaded("overhead", monkeypatch)
+    monkeypatch.setattr(module, "WINDOW", 20)
+    middle, low, high = module.main(["--steps", "40", "--repeats", "1"])
+    assert low <= middle <= high
+    shown = capsys.readouterr().out
+    assert all(f"{name} against none, CPU:" in shown for name in ("SplitWatch", "one empty hook", "none"))

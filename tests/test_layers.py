@@ -98,6 +98,26 @@ def test_riders_and_both_producers_of_a_gate():
     assert "up" not in layers
 
 
+@pytest.mark.parametrize("outer", [F.relu, F.hardtanh, torch.tanh])
+@pytest.mark.parametrize("inner", [F.relu, F.relu6, torch.sin])
+def test_gates_that_are_shut_half_of_the_time(outer, inner):
+    """Whatever is cut off where the data or a draw happen to be negative."""
+    for seed in range(12):
+        torch.manual_seed(seed)
+        m, d = 1 + seed % 5, 1 + seed % 3
+        parts = {"gate": nn.Linear(d, m), "up": nn.Linear(d, m, bias=False), "down": nn.Linear(m, 2)}
+        model = Module(lambda self, x: self.down(outer(self.gate(x)) * inner(self.up(x))), **parts)
+        assert table(model, d, samples=32)["gate"].producers == ("gate", "up")
+
+
+def test_slopes_that_no_draw_meets_at_first():
+    """PReLU's slopes matter on one side of zero; few samples may all be on the other one."""
+    for seed in range(24):
+        torch.manual_seed(seed)
+        width = 3 + seed % 4
+        assert table(mlp(nn.PReLU(width), width=width), 3, samples=2 + seed % 2)["0"].riders == ("1",)
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import torchmetrics
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.profilers import SimpleProfiler
 from runs import SOON, USUAL, loader, module_of, trainer_of, wave
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -395,3 +396,14 @@ def test_a_grad_scalers_factor_never_reaches_the_detector():
     assert events
     assert all(event.verdict.loss < 1 for event in events)
     assert all(event.drift <= 1e-6 for event in events if event.grown)
+
+
+def test_on_most_steps_lightning_calls_one_hook():
+    """Each hook that Lightning calls costs it some microseconds, whatever is in it."""
+    watch, profiler = SplitWatch(SOON), SimpleProfiler()
+    trainer_of([watch], steps=36, profiler=profiler).fit(module_of(), loader())
+    name = "[Callback]SplitWatch.on_train_batch"
+    called = {hook: len(times) for hook, times in profiler.recorded_durations.items() if "SplitWatch" in hook}
+    assert called[f"{name}_end"] == 36
+    assert called[f"{name}_start"] == len(watch.events) == 2
+    assert max(count for hook, count in called.items() if not hook.startswith(name)) <= 5  # epochs

@@ -345,6 +345,8 @@ def test_choosers_that_return_nothing_or_nonsense():
         ({"moves": "math:no_such_name"}, r"required a function that can be imported"),
         ({"moves": "math:pi"}, r"moves: required a function, found float at 'math:pi'"),
         ({"moves": ["mixed"]}, r"moves: required"),
+        ({"detector": "flat"}, r"detector: required a function that can be imported, found 'flat'"),
+        ({"detector": "math:pi"}, r"detector: required a function, found float at 'math:pi'"),
         ({"moves": "even", "max_ratio": None}, r'max_ratio: required a number with moves="even", found None'),
         ({"per": "layer"}, r'per: required "parameter", "neuron" or "flop", found .layer.'),
         ({"max_flops": -1}, r"max_flops: required a number ≥ 0 or None, found -1"),

@@ -47,6 +47,17 @@ def test_a_nan_loss_is_undecided_not_stationary():
     assert "finite" in verdict.reason
 
 
+def test_a_detector_of_ones_own_judges_the_last_ten_means():
+    seen = []
+    detector = StationarityDetector(20, suspects=lambda losses: seen.append(losses) or losses[-1] == 9.0)
+    verdicts = [verdict for t in range(26) if (verdict := detector.update(t // 2))]
+    assert seen == [tuple(float(t) for t in range(start, start + 10)) for start in range(4)]
+    assert [verdict.kind for verdict in verdicts] == ["suspected", "moving", "moving", "moving"]
+    assert verdicts[0].reason == "your detector sees a standstill"
+    assert verdicts[0].trend == 10.0
+    assert feed(StationarityDetector(20, suspects=lambda losses: True), [1.0] * 19 + [math.nan]).kind == "undecided"
+
+
 def test_false_alarms_on_a_clear_trend_are_rare():
     generator = torch.Generator().manual_seed(2)
     runs = 200

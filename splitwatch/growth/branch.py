@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from splitwatch.geometry.weights import incoming_weights, neuron_weights
-from splitwatch.growth.handlers import rows
 from splitwatch.growth.widening import IndexMap, submodule
+from splitwatch.handlers import rows
 from splitwatch.layers import select_layers
 from splitwatch.records import HiddenLayer, SplitWatchError
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from splitwatch.anatomy import plain_module, plain_name
-from splitwatch.growth.handlers import columns, rows
+from splitwatch.handlers import columns, rows
 from splitwatch.records import GrowthPlan, SplitWatchError
 
 KEY = "splitwatch"

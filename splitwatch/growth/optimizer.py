@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from numbers import Number
 from typing import Any
 
 import torch
@@ -34,16 +35,21 @@ STATES: dict[str, Scale] = {
     "max_exp_avg_sq": SQUARE,
     "square_avg": SQUARE,
     "sum": SQUARE,
+    "variance": SQUARE,
     "exp_inf": ABSOLUTE,
+    "acc_delta": NONE,
+    "step_size": NONE,
 }
-"""How a state follows the gain of past gradients; states not listed do not."""
+"""How states of the parameter's shape follow the gain of past gradients, by name; add those of your own optimizer."""
 
 _NORMALISED: dict[tuple[type[Optimizer], str], Scale] = {(RMSprop, "momentum_buffer"): SIGN}
 """States that hold gradients divided by their own size."""
 
-_VALUES = {"ax"}
-"""States that average the parameter itself."""
+VALUES = {"ax"}
+"""States of the parameter's shape that are values of it, such as averages; add those of your own optimizer."""
 
+_FRESH = {"step_size": "lr", "sum": "initial_accumulator_value"}
+"""States that do not begin at zero, and the setting of the parameter group that they begin at."""
 
 _DECOUPLED = {"AdamW", "Adafactor", "Muon"}
 """Optimizers that shrink weights outside of the gradient, without a flag that says so."""
@@ -85,8 +91,9 @@ class Exchange:
 def exchange(optimizer: Optimizer, replacements: Iterable[Replacement]) -> Exchange:
     """Prepare the exchange of parameters in an optimizer; nothing is changed yet.
 
-    State of the parameter's shape is carried by the same index map as the parameter, scalars as they are; a parameter
-    whose state has another layout starts afresh and is listed in ``Exchange.restarted``.
+    State of the parameter's shape and of a known name is carried by the same index map as the parameter, numbers as
+    they are. What else there is (other layouts, lists of tensors, objects, names that could mean anything) cannot be
+    carried: its parameter starts afresh and is listed in ``Exchange.restarted``.
     """
     by_identity = {id(item.old): item for item in replacements}
     parameters, states = [], []
@@ -97,29 +104,34 @@ def exchange(optimizer: Optimizer, replacements: Iterable[Replacement]) -> Excha
                 continue
             parameters.append((group, position, old, item.new))
             if old in optimizer.state:
-                states.append((old, item.new, _carried(optimizer, optimizer.state[old], item)))
+                states.append((old, item.new, _carried(optimizer, group, optimizer.state[old], item)))
     if parameters and isinstance(optimizer, LBFGS):  # one flat history over all parameters, kept with the first
         new = {id(old): new for _, _, old, new in parameters}
         states = [(old, new.get(id(old), old), None) for old in optimizer.state]
     return Exchange(optimizer, tuple(parameters), tuple(states))
 
 
-def _carried(optimizer: Optimizer, state: dict[str, Any], item: Replacement) -> dict[str, Any] | None:
+def _carried(
+    optimizer: Optimizer, group: dict[str, Any], state: dict[str, Any], item: Replacement
+) -> dict[str, Any] | None:
+    """The state in the new shape; None if any of it cannot be carried."""
     carried = {}
     for key, value in state.items():
-        if isinstance(value, Tensor) and value.ndim and value.shape == item.old.shape:
-            carried[key] = _carry(optimizer, key, value, item)
-        elif isinstance(value, Tensor) and value.numel() > 1:
-            return None
-        else:
+        if isinstance(value, Tensor) and value.ndim:
+            if value.shape != item.old.shape or key not in STATES.keys() | VALUES:
+                return None
+            carried[key] = _carry(optimizer, group, key, value, item)
+        elif value is None or isinstance(value, (Tensor, Number, str)):
             carried[key] = value
+        else:
+            return None
     return carried
 
 
-def _carry(optimizer: Optimizer, key: str, value: Tensor, item: Replacement) -> Tensor:
-    if key in _VALUES:
+def _carry(optimizer: Optimizer, group: dict[str, Any], key: str, value: Tensor, item: Replacement) -> Tensor:
+    if key in VALUES:
         carried = item.carry_value(value)
     else:
-        scale = _NORMALISED.get((type(optimizer), key)) or STATES.get(key, NONE)
-        carried = item.carry_gradient(value, scale)
+        scale = _NORMALISED.get((type(optimizer), key)) or STATES[key]
+        carried = item.carry_gradient(value, scale, float(group.get(_FRESH.get(key, ""), 0.0)))
     return laid_out_like(value, carried.to(value.dtype))

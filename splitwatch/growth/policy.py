@@ -16,6 +16,9 @@ MOVES = ("mixed", "splits", "sprouts", "certified", "preserve", "even")
 Chooser = Callable[..., Any]
 """``chooser(model, geometry, probe, policy, layers)`` returns moves, in the order in which budgets are to take them."""
 
+Detector = Callable[..., bool]
+"""``detector(losses)`` says of ten mean losses, each of a tenth of a window, whether they look like a standstill."""
+
 
 @dataclass(frozen=True)
 class GrowthPolicy:
@@ -62,6 +65,9 @@ class GrowthPolicy:
             network with its optimizer, and changes nothing else.
         rewarm: training steps over which the learning rates of all optimizers grow back from a tenth of what schedulers
             say after each growth, see ``Rewarm``.
+        detector: a function of your own, or its "module:function", in place of the loss trend and ``tolerance``:
+            ``detector(losses)`` says of ten mean losses, each of a tenth of the window and over all processes, whether
+            the gradient is to be tested. ``noise_ratio=inf`` lets every gradient pass that test.
     """
 
     layers: Sequence[str] | None = None
@@ -82,6 +88,7 @@ class GrowthPolicy:
     per: str = "parameter"
     control: int | None = None
     rewarm: int | None = None
+    detector: str | Detector | None = None
 
     def __post_init__(self) -> None:
         limits = (
@@ -104,6 +111,8 @@ class GrowthPolicy:
             )
         if self.per not in {"parameter", "neuron", "flop"}:
             raise SplitWatchError(f'per: required "parameter", "neuron" or "flop", found {self.per!r}; choose one')
+        if isinstance(self.detector, str):
+            imported("detector", self.detector)
         if self.chooser is None and self.moves not in MOVES:
             names = ", ".join(f'"{name}"' for name in MOVES)
             raise SplitWatchError(f'moves: required {names}, "module:function" or a function, found {self.moves!r}')
@@ -127,18 +136,26 @@ class GrowthPolicy:
         Raises:
             SplitWatchError: it is named and cannot be found.
         """
-        if callable(self.moves):
-            return self.moves
-        module, colon, name = self.moves.partition(":") if isinstance(self.moves, str) else ("", "", "")
-        if not colon:
-            return None
-        try:
-            chooser = getattr(import_module(module), name)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise SplitWatchError(
-                f"moves: required a function that can be imported, found {self.moves!r} ({error}); "
-                'name it as "package.module:function"'
-            ) from error
-        if not callable(chooser):
-            raise SplitWatchError(f"moves: required a function, found {type(chooser).__name__} at {self.moves!r}")
-        return chooser
+        own = callable(self.moves) or (isinstance(self.moves, str) and ":" in self.moves)
+        return imported("moves", self.moves) if own else None
+
+
+def imported(field: str, given: str | Callable[..., Any]) -> Callable[..., Any]:
+    """A function of the user's, or the one of that name.
+
+    Raises:
+        SplitWatchError: it cannot be found, or is no function.
+    """
+    if callable(given):
+        return given
+    module, _, name = given.partition(":")
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SplitWatchError(
+            f"{field}: required a function that can be imported, found {given!r} ({error}); "
+            'name it as "package.module:function"'
+        ) from error
+    if not callable(found):
+        raise SplitWatchError(f"{field}: required a function, found {type(found).__name__} at {given!r}")
+    return found

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from splitwatch.growth.branch import Groups, checked_layers, held, replicas, silence, summed
 from splitwatch.growth.checkpoint import make_growable
 from splitwatch.growth.constant import contributions
-from splitwatch.growth.handlers import columns, rows
 from splitwatch.growth.surgery import Replacement, Surgery
 from splitwatch.growth.widening import IndexMap, submodule
+from splitwatch.handlers import columns, rows
 from splitwatch.probe import Probe
 from splitwatch.records import HiddenLayer
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from splitwatch.grouped import by_channel, by_output
-from splitwatch.growth.handlers import Fields, columns, rows
 from splitwatch.growth.widening import IndexMap, Widening, as_column, submodule, widenings
+from splitwatch.handlers import Fields, columns, rows
 from splitwatch.records import GrowthPlan, HiddenLayer
 
 
@@ -33,10 +33,12 @@ class Replacement:
     new: Tensor
     maps: tuple[tuple[IndexMap, Tensor, Tensor], ...]
 
-    def carry_gradient(self, tensor: Tensor, scale: Callable[[Tensor], Tensor] = lambda gain: gain) -> Tensor:
-        """A gradient of the old shape, or what an optimizer made of past ones, in the new shape."""
+    def carry_gradient(
+        self, tensor: Tensor, scale: Callable[[Tensor], Tensor] = lambda gain: gain, default: float = 0.0
+    ) -> Tensor:
+        """A gradient of the old shape, or what an optimizer made of past ones, in the new shape; sprouts have none."""
         for index, gradient, _ in self.maps:
-            tensor = index(tensor, scale(gradient))
+            tensor = index(tensor, scale(gradient), default)
         return tensor
 
     def carry_value(self, tensor: Tensor) -> Tensor:

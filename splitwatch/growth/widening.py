@@ -38,12 +38,12 @@ class IndexMap:
         return last.scatter_reduce(0, self.source[held], places[held], "amin")
 
     def __call__(self, tensor: Tensor, factor: Tensor | None = None, default: float = 0.0) -> Tensor:
-        """The widened tensor: entries are copied by ``source``, times ``factor`` (new width,) where given."""
+        """The widened tensor: copies by ``source``, times ``factor`` (new width,); sprouts have the ``default``."""
         blocks = self.blocks(tensor)
         copied = blocks.index_select(0, self.source.clamp(min=0).to(tensor.device))
-        copied[(self.source < 0).to(tensor.device)] = default
         if factor is not None:
             copied = copied * as_column(factor, copied)
+        copied[(self.source < 0).to(tensor.device)] = default
         return self.put(tensor, copied)
 
     def blocks(self, tensor: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from splitwatch.lightning.neighbours import check_neighbours, grow_along, make_a
 from splitwatch.lightning.packages import CALLBACKS
 from splitwatch.lightning.strategies import check_strategy, follow_growth
 from splitwatch.probe import LossFunction, Probe
+from splitwatch.ranks import gathered, rank_count
 from splitwatch.records import SplitWatchError
 from splitwatch.report.board import TensorBoardSink
 from splitwatch.report.loggers import writer_of
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     Callback = pl.Callback
 else:
     Callback = type("Callback", CALLBACKS, {"__module__": __name__})
+
+_OWN = ("collector", "detector", "batch_size")
+"""What differs between the growers of several processes."""
 
 
 class SplitWatch(Callback):
@@ -46,6 +50,11 @@ class SplitWatch(Callback):
     accumulated batches. Lightning's own x-axis is used for everything that is logged.
     """
 
+    # Lightning calls and times every hook of every callback, also the empty ones, several times in a step; it passes
+    # over those that are None.
+    on_before_zero_grad = on_before_backward = None  # pyright: ignore[reportAssignmentType]
+    on_after_backward = on_before_optimizer_step = None  # pyright: ignore[reportAssignmentType]
+
     def __init__(
         self,
         policy: GrowthPolicy | None = None,
@@ -59,6 +68,7 @@ class SplitWatch(Callback):
         self.grower: Grower | None = None
         self._saved: dict[str, Any] = {}
         self._step = -1
+        self._convert: Callable[[Batch], Batch] = lambda batch: batch
         self._boards: dict[int, TensorBoardSink] = {}
 
     @property
@@ -93,26 +103,32 @@ class SplitWatch(Callback):
             progress=trainer.progress_bar_callback is not None,
             training_loss=_training_loss(trainer),
         )
+        self._convert = trainer.precision_plugin.convert_input
         self._continue(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Take note of a step, unless gradients are still being accumulated."""
-        if self.grower is None or trainer.global_step == self._step:
+        step = trainer.global_step
+        if self.grower is None or step == self._step:
             return
-        self._step = trainer.global_step
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        self._step = step
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if loss is None and self.grower.steps:
             return  # a batch the module chose to skip
         if loss is None:
             raise SplitWatchError("training_step: required a returned loss to watch, found None; return the loss")
-        self.grower.observe(trainer.precision_plugin.convert_input(batch), loss)
+        self.grower.observe(self._convert(batch), loss)
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
-    ) -> None:
-        """Measure and grow, if that is due, before the step begins."""
+    @property
+    def on_train_batch_start(self) -> Callable[..., None] | None:
+        """What is done before a step; None on most, where no measurement is due."""
+        due = self.grower is not None and (self.grower.pending or self._saved)
+        return self._act if due else None
+
+    def _act(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int) -> None:
+        """Measure and grow before the step begins."""
         if self._saved:  # a finder, run between two epochs, has put everything back to where it began
             self._continue(trainer)
         if self.grower is None or batch_idx % trainer.accumulate_grad_batches:
@@ -125,12 +141,22 @@ class SplitWatch(Callback):
     def _continue(self, trainer: pl.Trainer) -> None:
         """Take over a state that was loaded, if there is one, and count steps from here."""
         if self.grower is not None and self._saved:
-            self.grower.load_state_dict(self._saved)
+            owned = self._saved.get("ranks", [])
+            own = owned[trainer.global_rank] if len(owned) == trainer.world_size else {}
+            self.grower.load_state_dict(self._saved | own)
         self._saved, self._step = {}, trainer.global_step
 
     def state_dict(self) -> dict[str, Any]:
-        """The grower's state, in builtins, and what grew, for state dicts that lose their metadata."""
-        return {} if self.grower is None else {**self.grower.state_dict(), KEY: recall(self.grower.model) or {}}
+        """The grower's state, in builtins, with what each process has of its own; called on all, as Lightning does.
+
+        What grew is in it too, for state dicts that lose their metadata.
+        """
+        if self.grower is None:
+            return {}
+        state = {**self.grower.state_dict(), KEY: recall(self.grower.model) or {}}
+        if rank_count() == 1:
+            return state
+        return state | {"collector": {}, "ranks": gathered({key: state[key] for key in _OWN})}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until training starts, or goes on."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,13 +36,20 @@ class StationarityDetector:
         window: steps looked back over.
         tolerance: improvement over a window, relative to the loss scale, that counts as none.
         noise_ratio: the mean gradient counts as zero below this multiple of one training batch's gradient noise.
+        suspects: judges the mean losses of the last ten blocks in place of their trend and ``tolerance``.
     """
 
-    def __init__(self, window: int = 200, tolerance: float = 0.01, noise_ratio: float = 1.0) -> None:
+    def __init__(
+        self,
+        window: int = 200,
+        tolerance: float = 0.01,
+        noise_ratio: float = 1.0,
+        suspects: Callable[[tuple[float, ...]], bool] | None = None,
+    ) -> None:
         if window < BLOCKS:
             raise SplitWatchError(f"window: required at least {BLOCKS} steps, found {window}")
         self.block = window // BLOCKS
-        self.tolerance, self.noise_ratio = tolerance, noise_ratio
+        self.tolerance, self.noise_ratio, self.suspects = tolerance, noise_ratio, suspects
         self.reset()
 
     def reset(self) -> None:
@@ -84,6 +91,9 @@ class StationarityDetector:
         if len(recent) < BLOCKS:
             return None
         trend, error = _trend(recent)
+        if self.suspects is not None:
+            kind, sees = ("suspected", "a") if self.suspects(tuple(recent)) else ("moving", "no")
+            return StationarityVerdict(kind, f"your detector sees {sees} standstill", current, trend, error)
         scale = max(self.range[1] - self.range[0], _mean([abs(value) for value in recent]))
         small = -trend + _T_975 * error <= self.tolerance * scale
         if small or trend + _T_975 * error > 0:

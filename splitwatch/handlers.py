@@ -30,7 +30,7 @@ def rows(module: nn.Module) -> Fields:
     """
     raise UnsupportedLayerError(
         f"{type(module).__name__}: required a module type with a handler, found none; "
-        "register one with splitwatch.growth.handlers.rows.register"
+        "register one with splitwatch.handlers.rows.register"
     )
 
 
@@ -43,8 +43,13 @@ def columns(module: nn.Module) -> Fields:
     """
     raise UnsupportedLayerError(
         f"{type(module).__name__}: required a consumer type with a handler, found none; "
-        "register one with splitwatch.growth.handlers.columns.register"
+        "register one with splitwatch.handlers.columns.register"
     )
+
+
+def has_rows(module: nn.Module) -> bool:
+    """Whether a handler is registered for what a module holds per neuron along its first axis."""
+    return rows.dispatch(type(module)) is not rows.dispatch(object)
 
 
 @rows.register
