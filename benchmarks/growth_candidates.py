@@ -2,7 +2,8 @@
 
 At each plateau (every cell's narrow network of benchmarks/growth.py, trained three times as long as its first stage)
 the 20 best neurons propose a split at an offset of its own from a line search, and 40 random candidates of residual
-pursuit propose a sprout. Every move is made alone; what it decreases is measured on fresh batches.
+pursuit propose a sprout, on a probe of the default size. What is predicted is what the held-out half says. Every move
+is made alone; what it decreases is measured on fresh batches, twice as many.
 
     python benchmarks/growth_candidates.py [seeds] [cell …]
 """
@@ -22,19 +23,20 @@ from scipy.stats import spearmanr
 
 from splitwatch import GrowthPolicy, Probe, measure_geometry, plan_growth
 from splitwatch.growth.grow import widened
+from splitwatch.growth.promise import promises
 from splitwatch.growth.pursuit import Seedlings, candidates, sized
-from splitwatch.growth.search import searched, stretch
+from splitwatch.growth.search import searched, stretch, weighed
 from splitwatch.growth.seedbed import Seedbed
 from splitwatch.layers import find_hidden_layers, select_layers
 from splitwatch.precision import full_precision
-from splitwatch.records import GrowthPlan, HiddenLayer, Split, Sprout
+from splitwatch.records import GrowthPlan, HiddenLayer, Move, Split, Sprout
 
 SPROUTS, SPLITS = 40, 20
 BYTES = 2**30
 
 
 def sprouts(run: Run, layer: HiddenLayer, probe: Probe, count: int) -> Iterator[Sprout]:
-    """Random candidates, each with its own outgoing weights, at the lowest point of its own parabola."""
+    """Random candidates, each at the lowest point of its own parabola, with what the held-out half says of it."""
     with full_precision():
         bed = Seedbed(run.model, layer, probe, count, BYTES)
         w = candidates(bed, None, run.seed)
@@ -42,25 +44,28 @@ def sprouts(run: Run, layer: HiddenLayer, probe: Probe, count: int) -> Iterator[
     for i in range(count):
         at = torch.tensor([i])
         alone = Seedlings(layer, bed.readers, w[at], found.of(at), found.scores[at], w[:0])
-        yield from sized(run.model, [layer], alone.sprouts(), probe)
+        for one in promises(run.model, [layer], sized(run.model, [layer], alone.sprouts(), probe), probe):
+            yield replace(one.sprout, predicted_decrease=one.decrease(1.0))
 
 
-def splits(run: Run, layers: tuple[HiddenLayer, ...], probe: Probe) -> Iterator[Split]:
-    """The best split of every neuron that has one, where its own line search puts it."""
+def splits(run: Run, layers: tuple[HiddenLayer, ...], probe: Probe) -> Iterator[Move]:
+    """The best split of every neuron that has one, where its own line search puts it, with its held-out decrease."""
     geometry = measure_geometry(run.model, probe, layers)
     plan = plan_growth(run.model, geometry, probe, GrowthPolicy(moves="splits", max_ratio=None), layers=layers)
     for move in plan.moves[:SPLITS]:
         if isinstance(move, Split):
             alone = replace(plan, moves=(stretch(move, 1 / plan.offset),))
-            yield from (found for found in searched(run.model, alone, probe).moves if isinstance(found, Split))
+            found = weighed(run.model, searched(run.model, alone, probe), probe)
+            yield from (replace(one, predicted_decrease=found.held_out_decrease) for one in found.moves)
 
 
 def plateau(cell: Cell, seed: int) -> tuple[int, float, float, float]:
     """Moves, their rank correlation, the shares that decrease the loss and that come within a factor of two."""
     run = Run(cell, cell.problem(cell.activation, seed), cell.widths[0], seed)
     run.until(3 * cell.at[0])
-    probe = Probe(list(islice(run.problem.batches, cell.probe)), run.problem.loss)
-    fresh = list(islice(run.problem.batches, 2 * cell.probe))
+    seen = GrowthPolicy().probe_samples // len(run.batch[0])
+    probe = Probe(list(islice(run.problem.batches, seen)), run.problem.loss)
+    fresh = list(islice(run.problem.batches, 2 * seen))
     layers = select_layers(find_hidden_layers(run.model, probe), None)
     moves = [move for layer in layers for move in sprouts(run, layer, probe, SPROUTS // len(layers))]
     moves += splits(run, layers, probe)

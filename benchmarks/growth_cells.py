@@ -30,11 +30,16 @@ class Cell:
     regression: bool = True
 
     @property
+    def later(self) -> tuple[float, ...]:
+        """Shares of the budget at which a run grows that stays narrow for longer."""
+        return LATER[-len(self.at) :]
+
+    @property
     def available(self) -> bool:
         return importlib.util.find_spec(self.needs) is not None
 
 
-STAGES = (0.03, 0.10, 0.25)
+STAGES, LATER = (0.03, 0.10, 0.25), (0.10, 0.25, 0.50)
 WIDE, NARROW, SMALL = (8, 16, 32, 64), (4, 8, 16, 32), (2, 4, 8, 16)
 
 CELLS = [

@@ -27,5 +27,7 @@ PEERS = {
     "TINY": everywhere(tiny),
     "Firefly": everywhere(firefly),
 }
-OWN = {"splitwatch": splitwatch}
+OWN = {"splitwatch": splitwatch, "splitwatch, later": splitwatch}
+"""The latter widens at ``Cell.later`` and is compared with fixed widths only."""
+
 GROW: dict[str, Callable[[Site], GrowthPlan]] = {**PEERS, **OWN}

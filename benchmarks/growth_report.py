@@ -68,9 +68,10 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def grown(cell: str, methods: dict[str, dict[int, Result]], own: str) -> list[str]:
-    """The methods that the own one is compared with: everything but inner widths of the sweep and experiments."""
+    """The methods that the own one is compared with: everything but inner widths of the sweep and other schedules."""
     ends = {f"fixed {BY_NAME[cell].widths[0]}", f"fixed {BY_NAME[cell].widths[-1]}"}
-    return [name for name in methods if name != own and (name in ends or not name.startswith("fixed "))]
+    rivals = (name for name in methods if name != own and not name.endswith(", later"))
+    return [name for name in rivals if name in ends or not name.startswith("fixed ")]
 
 
 def describe(results: Sequence[Result], own: str) -> str:
@@ -129,7 +130,8 @@ def summary(table: Table, own: str) -> str:
             tied += mean < 0 or mean <= half
             worse += mean > half
         lines.append(f"- {measure}: best in {best} of {len(table)} cells, best or tied in {tied}, worse in {worse}")
-    return "\n".join([*lines, *regression(table, own), *predictions(table, own)])
+    against = [line for name in (own, f"{own}, later") for line in [*regression(table, name), *reached(table, name)]]
+    return "\n".join([*lines, *against, *predictions(table, own)])
 
 
 def regression(table: Table, own: str) -> list[str]:
@@ -137,7 +139,7 @@ def regression(table: Table, own: str) -> list[str]:
     ratios, wide = [], []
     for cell, methods in table.items():
         if BY_NAME[cell].regression:
-            for seed, run in methods[own].items():
+            for seed, run in methods.get(own, {}).items():
                 fixed = [r[seed]["final"] for name, r in methods.items() if name.startswith("fixed ") and seed in r]
                 ratios.append(run["final"] / min(fixed))
                 wide.append(methods[f"fixed {BY_NAME[cell].widths[-1]}"][seed]["final"] / run["final"])
@@ -145,10 +147,24 @@ def regression(table: Table, own: str) -> list[str]:
         return []
     below = sum(ratio < 1 for ratio in ratios) / len(ratios)
     return [
-        f"- regression: below every fixed width in {below:.0%} of {len(ratios)} runs; error over the best fixed "
-        f"width's: median {median(ratios):.2f}, largest {max(ratios):.2f}; wide from scratch over it: "
+        f"- {own}, regression: below every fixed width in {below:.0%} of {len(ratios)} runs; error over the best "
+        f"fixed width's: median {median(ratios):.2f}, largest {max(ratios):.2f}; wide from scratch over it: "
         f"{median(wide):.1f}"
     ]
+
+
+def reached(table: Table, own: str) -> list[str]:
+    """Where nothing is regressed: whether the growing run reaches the sweep's best metric within its standard error."""
+    found = []
+    for cell, methods in table.items():
+        if not BY_NAME[cell].regression and own in methods:
+            fixed = [runs for name, runs in methods.items() if name.startswith("fixed ")]
+            best = min(fixed, key=lambda runs: centre(cell, "final", runs))
+            values = [final(run) for run in best.values()]
+            error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+            yes = centre(cell, "final", methods[own]) <= fmean(values) + error
+            found.append(f"{cell} {'yes' if yes else 'no'} at {1 / len(fixed):.0%}")
+    return [f"- {own}, the sweep's best metric within its standard error, at so much of its FLOPs: {'; '.join(found)}"]
 
 
 def predictions(table: Table, own: str) -> list[str]:

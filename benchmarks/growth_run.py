@@ -153,7 +153,8 @@ def execute(cell: Cell, method: str, seed: int, *, after: Callable[[Run], None] 
     fixed = method.startswith("fixed ")
     width = int(method.split()[1]) if fixed else cell.widths[0]
     run = Run(cell, cell.problem(cell.activation, seed), width, seed)
-    for share, wide in () if fixed else zip(cell.at, cell.widths[1:], strict=True):
+    shares = cell.later if method.endswith("later") else cell.at
+    for share, wide in () if fixed else zip(shares, cell.widths[1:], strict=True):
         run.until(share)
         if run.share >= 1:  # choosing the last moves took what was left
             break

@@ -40,14 +40,17 @@ class Promise:
         """Whether the loss descends, beyond what sampling explains."""
         return self.slope < -SURE * self.error
 
+    def decrease(self, step: float) -> float:
+        """What a part of the sprout's step promises."""
+        return -step * self.slope - step**2 * self.sprout.predicted_decrease
+
     def at(self, step: float) -> Sprout:
         """The sprout at a part of its step, with what that promises; a silent one where the promise is not kept."""
         if not self.kept:
             why = f"silent: slope {self.slope:+.2e} ± {self.error:.0e} on the held-out half"
             return replace(scale(self.sprout, 0.0), predicted_decrease=0.0, reason=why)
-        fall = -step * self.slope - step**2 * self.sprout.predicted_decrease
         why = f"slope {self.slope:+.2e} ± {self.error:.0e} along its outgoing weights on the held-out half"
-        return replace(scale(self.sprout, step), predicted_decrease=fall, reason=why)
+        return replace(scale(self.sprout, step), predicted_decrease=self.decrease(step), reason=why)
 
 
 def promises(model: nn.Module, layers: Sequence[HiddenLayer], sprouts: Sequence[Sprout], probe: Probe) -> list[Promise]:
