@@ -1,0 +1,106 @@
+"""Promises of new neurons: slopes against finite differences of the held-out loss, errors by hand, who keeps silent."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_growth import growable
+from torch import nn
+from zoo import SINGLY, ZOO, mse
+
+from splitwatch import GrowthPolicy, Probe, plan_growth
+from splitwatch.growth.grow import widened
+from splitwatch.growth.mixture import holds_sprouts
+from splitwatch.growth.promise import SURE, Promise, promises
+from splitwatch.growth.search import scale
+from splitwatch.probe import mean_with_error
+from splitwatch.records import GrowthPlan, Sprout
+
+
+def ragged(probe):
+    """The same samples with a held-out half of two unlike batches."""
+    ((x, y),) = probe.held_out[:1]
+    probe.held_out = ((x[:2], y[:2]), (x[2:], y[2:]))
+    return probe
+
+
+def random_sprout(model, layer, probe, seed):
+    """A neuron with random weights everywhere that a sprout may change."""
+    generator = torch.Generator().manual_seed(seed)
+    trace = next(iter(probe.traces(model, [layer], "fitted")))[layer.name]
+    maps = list(zip(layer.consumers, trace.consumers, strict=True))
+    d = sum(p.weight_shape[1:].numel() + p.has_bias for p in trace.producers)
+    c = sum(where.stride * m.weight_shape[0] * m.weight_shape[2:].numel() for where, m in maps)
+    biases = sum(m.weight_shape[0] for _, m in maps if m.has_bias)
+    w, v, others, b = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in (d, c, (layer.width, c), biases)
+    )
+    return Sprout(layer.name, w, v, 1.0, "", others, b)
+
+
+@pytest.mark.parametrize("name", SINGLY)
+def test_a_promise_is_the_slope_of_the_held_out_loss(name):
+    model, probe = ZOO[name].make(samples=10)
+    probe = ragged(probe)
+    for layer in filter(holds_sprouts, growable(model, probe)):
+        moves = [random_sprout(model, layer, probe, seed) for seed in (0, 1)]
+        for one, move in zip(promises(model, [layer], moves, probe), moves, strict=True):
+
+            def loss(step, move=move, layer=layer):
+                with widened(model, GrowthPlan((layer,), (scale(move, step),), "")):
+                    return probe.loss(model, "held_out")
+
+            h = 1e-5
+            assert one.slope == pytest.approx((loss(h) - loss(-h)) / (2 * h), rel=1e-5, abs=1e-9)
+
+
+def test_the_error_is_that_of_the_parts_by_their_samples():
+    values, weights = torch.tensor([[1.0], [2.0], [6.0]]).double(), torch.tensor([0.25, 0.25, 0.5]).double()
+    mean, error = mean_with_error(values, weights)
+    assert float(mean) == 3.75
+    assert float(error) ** 2 == pytest.approx((0.25 * 2.75**2 + 0.25 * 1.75**2 + 0.5 * 2.25**2) / 2)
+    assert mean_with_error(values[:1], torch.ones(1).double())[1].isnan().all()
+
+
+def test_errors_cover_fresh_data():
+    """Of slopes on many probes of one population, few lie farther from its slope than two standard errors."""
+    torch.manual_seed(0)
+    model, population = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double(), torch.randn(2**14, 4)
+    x, y = population[:, :3].double(), population[:, 3:].double()
+    whole = Probe([(x[:4], y[:4]), (x, y)], mse)
+    (layer,) = growable(model, whole)
+    move = random_sprout(model, layer, whole, 3)
+    truth, far = promises(model, [layer], [move], whole)[0].slope, 0
+    for rows in torch.randperm(2**14, generator=torch.Generator().manual_seed(1)).split(64)[:100]:
+        one = promises(model, [layer], [move], Probe([(x[:4], y[:4]), (x[rows], y[rows])], mse))[0]
+        far += abs(one.slope - truth) > 2 * one.error
+    assert 0.01 < far / 100 < 0.18  # Student's t with 7 degrees of freedom: 0.086
+
+
+def test_unkept_promises_leave_a_silent_neuron():
+    move = Sprout("0", torch.ones(2), torch.ones(1), 0.5, "", torch.ones(3, 1), torch.ones(1))
+    kept, broken, unknown = (
+        Promise(move, -1.0, 0.9 / SURE),
+        Promise(move, -1.0, 1.1 / SURE),
+        Promise(move, -1.0, float("nan")),
+    )
+    assert kept.at(0.5).predicted_decrease == 0.5 - 0.25 * 0.5
+    assert torch.equal(kept.at(0.5).outgoing, torch.full((1,), 0.5))
+    for one in (broken.at(1.0), unknown.at(1.0)):
+        assert one.predicted_decrease == 0 and "silent" in one.reason
+        assert not one.outgoing.any() and not one.others.any() and not one.biases.any()
+        assert torch.equal(one.incoming, move.incoming)
+
+
+def test_noise_is_given_no_outgoing_weights():
+    """Targets that have nothing to do with the inputs: neurons come as scheduled, almost all of them silent."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+    nn.init.zeros_(model[2].weight)
+    nn.init.zeros_(model[2].bias)
+    batches = [(torch.randn(64, 4).double(), torch.randn(64, 1).double()) for _ in range(8)]
+    plan = plan_growth(model, {}, Probe(batches, mse), GrowthPolicy(moves="even", max_ratio=4.0))
+    silent = [move for move in plan.moves if not move.outgoing.any()]
+    assert len(plan.moves) == 18
+    assert len(silent) >= 16
+    assert all(replace(move, reason="").predicted_decrease == 0 for move in silent)
