@@ -17,9 +17,9 @@ from splitwatch.growth.grow import widened
 from splitwatch.growth.mixture import counted, holds_sprouts
 from splitwatch.growth.policy import GrowthPolicy
 from splitwatch.growth.promise import promises
-from splitwatch.growth.pursuit import Seedlings, pursue, sized
+from splitwatch.growth.pursuit import Seedlings, lowest, pursue
 from splitwatch.growth.rounds import whole_rounds
-from splitwatch.growth.search import OFFSETS, confirmed_plan, no_room, scale, searched, stretch
+from splitwatch.growth.search import OFFSETS, confirmed_plan, no_room, searched, stretch
 from splitwatch.growth.splits import best_splits
 from splitwatch.probe import Probe
 from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, Split
@@ -78,10 +78,10 @@ def _parted(model: nn.Module, splits: GrowthPlan, probe: Probe) -> GrowthPlan:
 def _stepped(model: nn.Module, plan: GrowthPlan, found: Sequence[Seedlings], probe: Probe) -> GrowthPlan:
     """A plan with new neurons added at the part of their outgoing weights that is best on the held-out half."""
     raw = [move for part in found for move in part.sprouts()]
-    promised = promises(model, plan.layers, sized(model, plan.layers, raw, probe), probe)
+    promised = promises(model, plan.layers, raw, probe)
+    step = lowest(model, plan.layers, [one.sprout for one in promised if one.kept], probe)
+    promised = [one.scaled(step) for one in promised] if step else promised
     rest = tuple(move for part in found for move in part.silent())
-    if not promised:
-        rest = (*(replace(scale(move, 0.0), predicted_decrease=0.0) for move in raw), *rest)
 
     def at(part: float) -> GrowthPlan:
         return replace(plan, moves=(*plan.moves, *(one.at(part) for one in promised), *rest), step=part)
@@ -95,19 +95,20 @@ def _stepped(model: nn.Module, plan: GrowthPlan, found: Sequence[Seedlings], pro
             loss = probe.loss(model, "held_out", finite=False)
         return loss if isfinite(loss) else inf
 
-    losses = {part: after(part) for part in (PARTS if any(one.kept for one in promised) else (0.0,))}
+    losses = {part: after(part) for part in (PARTS if step else (0.0,))}
     best = min(losses, key=lambda part: losses[part])
-    chosen = at(best)
-    with widened(model, chosen):
-        fitted = probe.loss(model, "fitted", finite=False)
     silent = "" if best or not found else "new neurons have no outgoing weights yet: none pay on the held-out half"
-    return replace(
-        chosen,
+    chosen = replace(
+        at(best),
         reason="; ".join(part for part in (plan.reason, silent) if part),
-        predicted_decrease=sum(move.predicted_decrease for move in chosen.moves),
-        fitted_decrease=probe.loss(model, "fitted") - fitted,
         held_out_decrease=before - losses[best],
     )
+    if not best and not plan.moves:  # nothing that the network computes has changed
+        return chosen
+    with widened(model, chosen):
+        fitted = probe.loss(model, "fitted", finite=False)
+    predicted = sum(move.predicted_decrease for move in chosen.moves)
+    return replace(chosen, predicted_decrease=predicted, fitted_decrease=probe.loss(model, "fitted") - fitted)
 
 
 def _counts(

@@ -40,6 +40,11 @@ class Promise:
         """Whether the loss descends, beyond what sampling explains."""
         return self.slope < -SURE * self.error
 
+    def scaled(self, factor: float) -> Promise:
+        """The same of a longer or shorter whole step, to the lowest point of the parabola."""
+        sprout = replace(scale(self.sprout, factor), predicted_decrease=self.sprout.predicted_decrease * factor)
+        return Promise(sprout, self.slope * factor, self.error * factor)
+
     def decrease(self, step: float) -> float:
         """What a part of the sprout's step promises."""
         return -step * self.slope - step**2 * self.sprout.predicted_decrease
@@ -59,7 +64,7 @@ def promises(model: nn.Module, layers: Sequence[HiddenLayer], sprouts: Sequence[
     Args:
         model: the network; widened while it is measured, left as it was.
         layers: the layers that sprouts are in.
-        sprouts: with outgoing weights at the lowest point of the fitted half's parabola, and its decrease.
+        sprouts: with outgoing weights, up to a scale, and half of what they fall by at first order on the fitted half.
         probe: measured on its held-out half.
     """
     found = []

@@ -186,20 +186,8 @@ def select(measured: Measured, count: int) -> tuple[Tensor, Tensor]:
 
 
 def sized(model: nn.Module, layers: Sequence[HiddenLayer], moves: Sequence[Sprout], probe: Probe) -> tuple[Sprout, ...]:
-    """Sprouts at the lowest point of the loss's parabola along their joint outgoing weights.
-
-    L(t) = L + t gᵀd + ½ t² dᵀHd on the fitted half. Where it has no lowest point (dᵀHd ≤ 0), or one lower than zero
-    for a loss that is positive, the step is bounded by a predicted decrease of |L|. Predictions are each one's share,
-    −g·v, of ½ (gᵀd)²/dᵀHd.
-    """
-    plan = GrowthPlan(tuple(layers), tuple(moves), "")
-    slope = -2 * sum(move.predicted_decrease for move in moves)
-    if not moves or not slope < 0:
-        return ()
-    bound, curvature = abs(probe.loss(model, "fitted")), _curvature(model, plan, probe)
-    step = 2 * bound / -slope
-    if curvature > 0:
-        step = min(step, -slope / curvature)
+    """Sprouts at the ``lowest`` point; predictions are each one's share, −½ g·v, none where nothing descends."""
+    step = lowest(model, layers, moves, probe)
     return tuple(
         replace(
             scale(move, step),
@@ -207,7 +195,23 @@ def sized(model: nn.Module, layers: Sequence[HiddenLayer], moves: Sequence[Sprou
             reason=f"slope {-2 * fall:+.2e} along its outgoing weights, feature new to the layer",
         )
         for move in moves
+        if step
     )
+
+
+def lowest(model: nn.Module, layers: Sequence[HiddenLayer], moves: Sequence[Sprout], probe: Probe) -> float:
+    """The step to the lowest point of the loss's parabola along sprouts' joint outgoing weights.
+
+    L(t) = L + t gᵀd + ½ t² dᵀHd on the fitted half. Where it has no lowest point (dᵀHd ≤ 0), or one lower than zero
+    for a loss that is positive, the step is bounded by a predicted decrease of |L|. Zero where the loss does not fall.
+    """
+    slope = -2 * sum(move.predicted_decrease for move in moves)
+    if not moves or not slope < 0:
+        return 0.0
+    plan = GrowthPlan(tuple(layers), tuple(moves), "")
+    bound, curvature = abs(probe.loss(model, "fitted")), _curvature(model, plan, probe)
+    step = 2 * bound / -slope
+    return min(step, -slope / curvature) if curvature > 0 else step
 
 
 def _curvature(model: nn.Module, plan: GrowthPlan, probe: Probe) -> float:
