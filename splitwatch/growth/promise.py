@@ -50,9 +50,7 @@ class Promise:
         return replace(scale(self.sprout, step), predicted_decrease=fall, reason=why)
 
 
-def promises(
-    model: nn.Module, layers: Sequence[HiddenLayer], sprouts: Sequence[Sprout], probe: Probe
-) -> list[Promise]:
+def promises(model: nn.Module, layers: Sequence[HiddenLayer], sprouts: Sequence[Sprout], probe: Probe) -> list[Promise]:
     """The promise of every sprout by itself, layer by layer.
 
     Args:
