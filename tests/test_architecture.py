@@ -132,14 +132,29 @@ def test_files_are_short_enough_to_read(path):
     assert len(path.read_text().splitlines()) <= 300
 
 
-def test_the_package_alone_loads_no_heavy_library():
-    """Nothing but what its dependency torchmetrics loads by itself, such as matplotlib where it is installed."""
-    heavy = ("pytorch_lightning", "lightning", "tensorboard", "matplotlib", "transformers")
-    code = f"""
+def test_heavy_libraries_are_loaded_late_and_one_of_lightnings_packages_is_enough():
+    """Nothing but what its dependency torchmetrics loads by itself, such as matplotlib where it is installed.
+
+    One interpreter for all of it: torch and Lightning take seconds to load.
+    """
+    code = """
 import sys, torchmetrics
 before = set(sys.modules)
+
+def loaded(*names):
+    return [name for name in names if name in set(sys.modules) - before]
+
 import splitwatch
-print([name for name in {heavy!r} if name in set(sys.modules) - before])
+print(loaded("pytorch_lightning", "lightning", "tensorboard", "matplotlib", "transformers"))
+import splitwatch.report.board
+print(loaded("tensorboard", "splitwatch.report.figures"))
+
+import importlib.util as util
+find = util.find_spec
+util.find_spec = lambda name, *rest: None if name == "lightning" else find(name, *rest)
+import pytorch_lightning
+print(loaded("lightning.pytorch"), issubclass(splitwatch.SplitWatch, pytorch_lightning.Callback))
+print(loaded("lightning.pytorch"))
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert found.strip() == "[]"
+    assert found.splitlines() == ["[]", "[]", "[] True", "[]"]

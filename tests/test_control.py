@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from zoo import in_turn
 
 from splitwatch import Grower, GrowthPolicy, Probe, SplitWatchError
 from splitwatch.control import Control
@@ -75,8 +76,7 @@ def train(name, grows, control=None, early=False):
     return model, grower, torch.stack(losses), probe
 
 
-@pytest.mark.parametrize("early", [False, True])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(("name", "early"), in_turn(OPTIMIZERS, [False, True]))
 def test_the_copy_does_what_the_run_without_growth_does_and_the_run_with_growth_does_not_notice(name, early):
     _, _, control, _ = train(name, False, early=early)
     alone, _, losses, _ = train(name, True, early=early)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from zoo import in_turn
 
 import splitwatch
 from splitwatch import Grower, GrowthPlan, GrowthPolicy, Probe, Split, SplitWatchError, Sprout, find_hidden_layers, grow
@@ -25,6 +26,14 @@ PACKAGE = str(Path(splitwatch.__file__).parent)
 
 class InjectedError(Exception):
     """A failure that nothing else raises."""
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_interrupts():
+    """Also where whoever started the tests ignores ctrl-C, as shells do for jobs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def mse(model, batch):
@@ -132,7 +141,9 @@ class Tracer:
             if place == self.target:
                 self.left -= 1
                 if not self.left:
+                    sys.settrace(None)
                     self.act()
+        frame.f_trace_lines = "line" in self.events
         return self
 
     def run(self, call):
@@ -316,8 +327,7 @@ def stages():
     return sorted(set(called))
 
 
-@pytest.mark.parametrize("error", [InjectedError, KeyboardInterrupt])
-@pytest.mark.parametrize("name", stages())
+@pytest.mark.parametrize(("name", "error"), in_turn(stages(), [InjectedError, KeyboardInterrupt]))
 def test_a_stage_of_the_grower_that_fails_leaves_it_able_to_go_on(name, error, monkeypatch):
     model, optimizers, grower = watched()
     before, state = Picture(model, optimizers), grower.state_dict()

@@ -1,6 +1,7 @@
 """The plain loop: what it does, when, and that it leaves the run alone otherwise."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -39,6 +40,8 @@ def run(steps, grower_of, seed=0, width=2):
 
 
 POLICY = GrowthPolicy(window=100, max_events=1, max_overhead=None)
+EARLY = replace(POLICY, window=10, tolerance=1e9, noise_ratio=1e9)
+"""To this one every tenth step is a plateau, for tests that ask how a run grows, not when."""
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +79,8 @@ def test_two_runs_under_one_seed_are_identical(grown):
 
 
 def test_monitor_only_measures_and_leaves_the_run_bit_equal():
-    _, grower, losses = run(900, lambda m, o: Grower(m, o, mse, POLICY, monitor_only=True, progress=False))
-    _, _, control = run(900, lambda m, o: None)
+    _, grower, losses = run(40, lambda m, o: Grower(m, o, mse, EARLY, monitor_only=True, progress=False))
+    _, _, control = run(40, lambda m, o: None)
     assert any(event.geometry and event.plan for event in grower.events)
     assert not any(event.grown for event in grower.events)
     assert torch.equal(losses, control)
@@ -99,11 +102,11 @@ def test_dry_run_without_batches_says_what_is_missing():
 
 
 def test_budgets_bound_the_growth():
-    policy = GrowthPolicy(window=100, max_events=1, max_neurons=1, max_overhead=None)
-    model, grower, _ = run(1200, lambda m, o: Grower(m, o, mse, policy, progress=False))
+    one = replace(EARLY, max_neurons=1)
+    model, grower, _ = run(40, lambda m, o: Grower(m, o, mse, one, progress=False))
     assert model[0].out_features == 3
-    zero = GrowthPolicy(window=100, max_neurons=0, max_overhead=None)
-    model, grower, _ = run(900, lambda m, o: Grower(m, o, mse, zero, progress=False))
+    zero = replace(EARLY, max_neurons=0, max_events=None)
+    model, grower, _ = run(40, lambda m, o: Grower(m, o, mse, zero, progress=False))
     assert model[0].out_features == 2
     assert any("budget" in event.plan.reason for event in grower.events)
 

@@ -110,8 +110,8 @@ def test_measurements_leave_nothing_in_memory(build):
 
 @pytest.mark.parametrize("build", [mlp, conv])
 def test_training_goes_on_to_the_bit_as_if_nothing_had_been_measured(build):
-    losses, tensors, generator = train(build, 20)
-    wanted, wanted_tensors, wanted_generator = train(build, 20, monitored=False)
+    losses, tensors, generator = train(build, 6)
+    wanted, wanted_tensors, wanted_generator = train(build, 6, monitored=False)
     assert torch.equal(losses, wanted)
     assert all(torch.equal(a, b) for a, b in zip(tensors, wanted_tensors, strict=True))
     assert torch.equal(generator, wanted_generator)

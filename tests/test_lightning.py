@@ -23,6 +23,8 @@ pytestmark = pytest.mark.filterwarnings(*USUAL, "ignore:.*returned .None.*:UserW
 
 POLICY = GrowthPolicy(window=100, max_events=1, max_overhead=None)
 STEPS = 900
+EARLY = replace(POLICY, window=10, tolerance=1e9, noise_ratio=1e9)
+"""To this one every tenth step is a plateau, for tests that ask how a run grows, not when."""
 
 
 def make_data():
@@ -125,9 +127,9 @@ def test_a_csv_logger_gets_the_scalars(grown):
 
 
 def test_monitor_only_never_grows_and_leaves_the_run_and_its_logs_bit_equal():
-    watch = SplitWatch(POLICY, monitor_only=True)
-    watched, trainer = fit([watch])
-    alone, control = fit([])
+    watch = SplitWatch(EARLY, monitor_only=True)
+    watched, trainer = fit([watch], steps=30)
+    alone, control = fit([], steps=30)
     assert any(event.geometry for event in watch.events)
     assert all(torch.equal(a, b) for a, b in zip(watched.parameters(), alone.parameters(), strict=True))
     assert {k: v for k, v in trainer.callback_metrics.items() if "splitwatch" not in k} == control.callback_metrics
@@ -168,11 +170,11 @@ def test_a_control_beside_a_gradient_scaler_is_refused_by_name():
 
 
 def test_growth_waits_for_accumulated_gradients():
-    watch = SplitWatch(POLICY)
-    _, trainer = fit([watch], steps=500, accumulate_grad_batches=3)
-    assert trainer.global_step == 500
-    assert all(event.step <= 500 for event in watch.events)
-    assert watch.grower.steps == 500
+    watch = SplitWatch(EARLY)
+    _, trainer = fit([watch], steps=50, accumulate_grad_batches=3)
+    assert trainer.global_step == watch.grower.steps == 50
+    assert any(event.grown for event in watch.events)
+    assert all(event.step <= 50 for event in watch.events)
 
 
 class Hooks(pl.Callback):
@@ -347,8 +349,8 @@ def fit_from(path):
 
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed", "bf16-true", "16-true"])
 def test_every_precision_is_measured_in_full(precision):
-    watch = SplitWatch(POLICY)
-    module, _ = fit([watch], module=Half() if precision == "16-true" else None, precision=precision)
+    watch = SplitWatch(EARLY)
+    module, _ = fit([watch], module=Half() if precision == "16-true" else None, steps=50, precision=precision)
     grown = [event for event in watch.events if event.grown]
     assert len(grown) == 1
     dtype = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}.get(
@@ -377,10 +379,10 @@ class Silent(Wave):
 @pytest.mark.filterwarnings("ignore:.*grad attribute of a Tensor.*", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("part", ["module", "net"])
 def test_a_compiled_module_grows(part):
-    watch, module = SplitWatch(POLICY), Silent()
+    watch, module = SplitWatch(EARLY), Silent()
     if part == "net":
         module.net = torch.compile(module.net, backend="eager")
-    fit([watch], module=module if part == "net" else torch.compile(module, backend="eager"))
+    fit([watch], module=module if part == "net" else torch.compile(module, backend="eager"), steps=50)
     assert [set(event.widths) for event in watch.events if event.grown] == [{"net.0"}]
     assert module.net.get_submodule("0").out_features > 2
 
@@ -388,8 +390,8 @@ def test_a_compiled_module_grows(part):
 def test_a_grad_scalers_factor_never_reaches_the_detector():
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=10_000)
     plugin = pl.plugins.MixedPrecision("16-mixed", "cpu", scaler)
-    watch = SplitWatch(POLICY)
-    fit([watch], plugins=[plugin])
+    watch = SplitWatch(EARLY)
+    fit([watch], steps=50, plugins=[plugin])
     assert scaler.get_scale() > 1
     assert watch.grower is not None
     events = [event for event in watch.events if event.verdict is not None]

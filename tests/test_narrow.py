@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -148,20 +149,25 @@ def test_honest_minima_are_nondegenerate_minima(activation, loss_fn, outputs):
     assert classify_split([1.0], (0.5, 0.5), narrow=verdict.kind).kind == "minimum"
 
 
-@pytest.mark.parametrize("limit", [256, 0])
-def test_stationary_points_of_every_kind_agree_with_the_dense_hessian(limit, monkeypatch):
-    """Newton's method from random starts; both halves of the probe hold the same samples, so that none can veto."""
-    monkeypatch.setattr(narrow, "DENSE_LIMIT", limit)
-    x, y = data()
-    kinds = []
+@cache
+def stationary_points():
+    """Where Newton's method ends from random starts: networks, and the eigenvalues of their dense Hessians."""
+    found, batch = [], data()
     for seed in range(30):
         model = network(2, "tanh", 1, seed)
-        flat = Flat(model, (x, y), mse)
-        if flat.newton() > 1e-10 or flat.theta.norm() > 50:
-            continue
-        values = torch.linalg.eigvalsh(flat.hessian(flat.theta))
-        twice = Probe([(x, y), (x, y)], mse)
-        verdict = narrow_verdict(model, twice)
+        flat = Flat(model, batch, mse)
+        if flat.newton() <= 1e-10 and flat.theta.norm() <= 50:
+            found.append((model, torch.linalg.eigvalsh(flat.hessian(flat.theta))))
+    return found
+
+
+@pytest.mark.parametrize("limit", [256, 0])
+def test_stationary_points_of_every_kind_agree_with_the_dense_hessian(limit, monkeypatch):
+    """Both halves of the probe hold the same samples, so that none can veto."""
+    monkeypatch.setattr(narrow, "DENSE_LIMIT", limit)
+    kinds = []
+    for model, values in stationary_points():
+        verdict = narrow_verdict(model, Probe([data(), data()], mse))
         kinds.append(verdict.kind)
         low = float(values[0] / values[-1])
         expected = {"strict_saddle"} if low < -1e-6 else {"nondegenerate_minimum"} if low > 1e-6 else {"degenerate"}

@@ -9,7 +9,7 @@ from test_growth import dense_hessian, growable, inner_spectra, mse, scalar_net
 from test_growth import split as split_at_zero
 from test_pursuit import deep, settled
 from torch import nn
-from zoo import ZOO
+from zoo import ZOO, in_turn
 
 from splitwatch import (
     Grower,
@@ -390,9 +390,10 @@ def plan_of(layers):
     return search.GrowthPlan(tuple(layers), (), "by hand")
 
 
-@pytest.mark.parametrize("moves", ["splits", "mixed", "even", lowest_curvature])
-@pytest.mark.parametrize("share", [1.0, 1.6])
-@pytest.mark.parametrize("name", ["mlp", "conv+bn"])
+BUDGETED = in_turn(["splits", "mixed", "even", lowest_curvature], [1.0, 1.6], ["mlp", "conv+bn"], quick=2)
+
+
+@pytest.mark.parametrize(("moves", "share", "name"), BUDGETED)
 def test_a_budget_of_operations_is_never_exceeded(name, share, moves):
     model, probe = ZOO[name].make()
     limit = share * count_flops(model, probe)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from test_probe import PROBING, assert_unchanged, make, mse, picture
 from torch import nn
-from zoo import ZOO
+from zoo import ZOO, in_turn
 
 from splitwatch import Grower, GrowthPolicy
 from splitwatch.geometry.dense import layer_curvature
@@ -73,8 +73,7 @@ def assert_close(found, expected, tolerance):
 # --- autocast --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize(("name", "dtype"), in_turn(ZOO, HALF))
 def test_autocast_in_the_loss_does_not_reach_the_geometry(name, dtype):
     model, probe = ZOO[name].make(torch.float32)
     expected = numbers(model, probe)
@@ -162,8 +161,7 @@ def test_casts_by_hand_are_seen_through():
 # --- half-precision weights ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize(("name", "dtype"), in_turn(ZOO, HALF))
 def test_half_precision_weights_are_measured_in_float32(name, dtype):
     model, probe = ZOO[name].make(torch.float32)
     model.to(dtype)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from test_growth import assert_untouched, data, growable, picture, train
 from torch import nn
-from zoo import ZOO, mse
+from zoo import ZOO, in_turn, mse
 
 from splitwatch import Grower, GrowthPolicy, Probe, grow, measure_geometry, plan_growth
 from splitwatch.growth import mixture, pursuit
@@ -282,8 +282,7 @@ def prepared(model, probe):
     return model
 
 
-@pytest.mark.parametrize("moves", ["sprouts", "mixed"])
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize(("name", "moves"), in_turn(ZOO, ["sprouts", "mixed"]))
 def test_plans_grow_as_they_say(name, moves):
     model, probe = ZOO[name].make()
     before = picture(prepared(model, probe), [])

@@ -1,6 +1,7 @@
 """Two real processes, each with half of the batches, against one process with all of them."""
 
 import dataclasses
+from functools import cache
 
 import pytest
 import torch
@@ -111,13 +112,23 @@ def ragged_probe(rank):
 
 
 def captured_anew(name, rank=None):
-    """Geometry with so little memory that a layer is captured anew for every product, and what they need."""
+    """Products with so little memory that a layer is captured anew for every one of them, and what they need."""
     model, probe = NETWORKS[name](), ragged_probe(rank)
     layers = [layer for layer in find_hidden_layers(model, probe) if layer.growable]
-    geometry = measure_geometry(model, probe, layers, max_bytes=LITTLE)
-    sweep = Sweep(model, probe, layers, "fitted", LITTLE)
-    found = {key: dataclasses.asdict(value) for key, value in geometry.items()}
-    return {"geometry": found, "sizes": sweep.sizes if list(sweep.curvatures()) else {}}
+    sweep, products = Sweep(model, probe, layers, "fitted", LITTLE), {}
+    for curvature in sweep.curvatures():
+        ends = torch.randn(curvature.layer.width, curvature.d + curvature.c, generator=torch.Generator().manual_seed(0))
+        u, v = ends.double().split([curvature.d, curvature.c], 1)
+        products[curvature.layer.name] = {
+            "hessian": curvature.hessian(u), "coupling": curvature.coupling(u), "joint": curvature.joint(u, v, 0.7, 0.3)
+        }  # fmt: skip
+    return {"products": products, "sizes": sweep.sizes}
+
+
+def geometry_anew(name, rank=None):
+    """Geometry with as little memory."""
+    geometry = measure_geometry(NETWORKS[name](), ragged_probe(rank), max_bytes=LITTLE)
+    return {key: dataclasses.asdict(value) for key, value in geometry.items()}
 
 
 def measured(name, rank=None):
@@ -192,7 +203,19 @@ def trained(name, rank):
     return {"parameters": list(model.parameters()), "state": state, "events": events, "plans": plans}
 
 
-def rank_main(rank, folder):
+TASKS = {
+    "measured": measured, "captured anew": captured_anew, "geometry anew": geometry_anew, "pursued": pursued,
+    "grown": trained,
+}  # fmt: skip
+LATER = {("geometry anew", "conv"), ("pursued", "mlp"), ("grown", "conv")}
+"""What only the slow tests ask for: the other network goes the same way in the quick ones."""
+
+
+def networks(task):
+    return [pytest.param(name, marks=pytest.mark.slow if (task, name) in LATER else []) for name in NETWORKS]
+
+
+def rank_main(rank, folder, tasks):
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     half = slice(rank, None, 2)
@@ -200,21 +223,30 @@ def rank_main(rank, folder):
     found = {name: metric.compute() for name, metric in metrics.items()}
     kept = len(metrics["noise"].sums)  # the rank's own again
     verdicts = verdict(half), verdict(half, losses=[1.0 + 2 * rank] * 10)
-    results = {"found": found, "kept": kept, "verdicts": verdicts}
-    for name in NETWORKS:
-        results[name] = measured(name, rank)
-        results[f"{name} captured anew"] = captured_anew(name, rank)
-        results[f"{name} pursued"] = pursued(name, rank)
-        results[f"{name} grown"] = trained(name, rank)
-    torch.save({**results, "schedule": schedule(rank)}, f"{folder}/{rank}")
+    results = {"found": found, "kept": kept, "verdicts": verdicts, "schedule": schedule(rank)}
+    results |= {f"{name} {task}": TASKS[task](name, rank) for task, name in tasks}
+    torch.save(results, f"{folder}/{rank}")
     distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.spawn(rank_main, (str(folder),), nprocs=2)
-    return [torch.load(folder / str(rank)) for rank in range(2)]
+def spawned(tmp_path_factory):
+    """Results of two ranks on some tasks; the processes are started once."""
+
+    @cache
+    def run(tasks):
+        folder = tmp_path_factory.mktemp("ranks")
+        multiprocessing.spawn(rank_main, (str(folder), tasks), nprocs=2)
+        return [torch.load(folder / str(rank)) for rank in range(2)]
+
+    return run
+
+
+@pytest.fixture
+def ranks(request, spawned):
+    slow = request.node.get_closest_marker("slow") is not None
+    tasks = ((task, name) for task in TASKS for name in NETWORKS)
+    return spawned(tuple(task for task in tasks if (task in LATER) == slow))
 
 
 def test_every_rank_computes_what_one_process_does_from_all_batches(ranks):
@@ -241,10 +273,11 @@ def test_the_clock_of_rank_0_decides_for_all(ranks):
     assert steps >= 500
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", networks("measured"))
 def test_every_rank_measures_what_one_process_does_on_the_union_of_the_halves(ranks, name):
-    assert_same(ranks[0][name], ranks[1][name])
-    wanted, found = measured(name), ranks[0][name]
+    found, other = (rank[f"{name} measured"] for rank in ranks)
+    assert_same(found, other)
+    wanted = measured(name)
     assert all(wanted["geometry"])
     assert wanted["moves"]
     assert found["noise"] == pytest.approx(wanted.pop("noise"), rel=0.1)  # from the scatter of other parts
@@ -252,24 +285,31 @@ def test_every_rank_measures_what_one_process_does_on_the_union_of_the_halves(ra
         assert_near(found[part], value, part)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", networks("captured anew"))
 def test_what_is_kept_in_memory_is_decided_alike(ranks, name):
     found, wanted = ranks[0][f"{name} captured anew"], captured_anew(name)
     assert_same(found, ranks[1][f"{name} captured anew"])
-    assert_near(found["geometry"], wanted["geometry"], "geometry")
+    assert_near(found["products"], wanted["products"], "products")
     assert max(found["sizes"].values()) > LITTLE > min(found["sizes"].values()) * 40 / 70
     shares = {key: value * 70 / 110 for key, value in wanted["sizes"].items()}  # rank 0 has most to fit on
     assert found["sizes"] == pytest.approx(shares, rel=0.05)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", networks("geometry anew"))
+def test_geometry_is_the_same_where_layers_are_captured_anew(ranks, name):
+    first, second = (rank[f"{name} geometry anew"] for rank in ranks)
+    assert_same(first, second)
+    assert_near(first, geometry_anew(name), "geometry")
+
+
+@pytest.mark.parametrize("name", networks("grown"))
 def test_replicas_grow_alike_and_stay_the_same_to_the_bit(ranks, name):
     first, second = (rank[f"{name} grown"] for rank in ranks)
     assert_same(first, second)
     assert [event[:2] for event in first["events"]] == [(10, True)]
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", networks("pursued"))
 def test_every_rank_pursues_the_same_neurons(ranks, name):
     """To the bit on each; what is measured of given neurons is that of one process on the union of the halves."""
     found, wanted = ranks[0][f"{name} pursued"], pursued(name)

@@ -1,5 +1,6 @@
 """Plain loops on several processes: what the user wrapped stays wrapped, and follows the growth."""
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -49,18 +50,23 @@ def train(model, optimizer, grower, ranks=1, rank=0, backward=torch.Tensor.backw
 
 def on_rank(rank, folder, settings):
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    found = []
-    for chosen in settings:
-        model = DistributedDataParallel(network(), **chosen)
-        if not chosen:
-            model.register_comm_hook(None, default_hooks.allreduce_hook)
-        optimizer = torch.optim.Adam(model.parameters(), lr=3e-2)
-        grower = Grower(model, optimizer, mse, SOON, progress=False)
-        losses = train(model, optimizer, grower, 2, rank)
-        found.append((losses, [e.step for e in grower.events if e.grown], [p.detach() for p in model.parameters()]))
-        assert not chosen or getattr(model, next(iter(chosen)))
-    torch.save(found, f"{folder}/{rank}")
+    torch.save([trained(rank, chosen) for chosen in settings], f"{folder}/{rank}")
+    # A reducer that outlives the group is the last to hold its threads: it waits for them with the interpreter locked,
+    # and one that has still to let a tensor go waits for the lock. The group by itself waits with the lock released.
+    gc.collect()
     distributed.destroy_process_group()
+
+
+def trained(rank, chosen):
+    """Losses, steps of growth and parameters of a run on one of two ranks, under settings of the wrapper."""
+    model = DistributedDataParallel(network(), **chosen)
+    if not chosen:
+        model.register_comm_hook(None, default_hooks.allreduce_hook)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-2)
+    grower = Grower(model, optimizer, mse, SOON, progress=False)
+    losses = train(model, optimizer, grower, 2, rank)
+    assert not chosen or getattr(model, next(iter(chosen)))
+    return losses, [e.step for e in grower.events if e.grown], [p.detach() for p in model.parameters()]
 
 
 def alone():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -209,3 +211,16 @@ ZOO = {
 
 SINGLY = [name for name in ZOO if name != "grouped"]
 """Networks whose neurons can be copied one by one, and dropped again."""
+
+
+def in_turn(first: Iterable, *others: Iterable, quick: int = 1) -> list:
+    """Every combination as parameters of a test; quick are some for each of the first, going round the others.
+
+    So every value is met quickly, and every combination among the slow tests.
+    """
+    rest = list(itertools.product(*others))
+    return [
+        pytest.param(one, *more, marks=[] if (k - i) % len(rest) < quick else pytest.mark.slow)
+        for i, one in enumerate(first)
+        for k, more in enumerate(rest)
+    ]
