@@ -14,9 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
+
+from splitwatch.records import SplitWatchError
 
 Value = int
 """The number of a value on the tape."""
@@ -93,6 +96,11 @@ class Tape(TorchFunctionMode):
         return self._define(tensor) if number is None else number
 
     def _define(self, tensor: Tensor) -> Value:
+        if is_batchedtensor(tensor):
+            raise SplitWatchError(
+                "loss_fn: required torch calls on whole batches, found torch.func.vmap inside of the loss; "
+                "write that part with a batch dimension, or pass a probe whose loss does"
+            )
         number = len(self.tensors)
         self.tensors.append(tensor)
         self._numbers[id(tensor)] = number

@@ -45,3 +45,13 @@ def test_a_third_derivative_is_refused_not_wrong():
     bend = torch.autograd.grad(slope, z, create_graph=True)[0]
     with pytest.raises(RuntimeError, match="does not require grad"):
         torch.autograd.grad(bend, z)
+
+
+def test_inside_of_torch_func_everything_is_left_alone():
+    x, w = torch.randn(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    w.requires_grad_()
+    with CurvedOnce():
+        loss = torch.func.grad(lambda u: torch.tanh(u * w).sum())(x).sum()
+    slope = torch.autograd.grad(loss, w)[0]
+    closed = 1 - torch.tanh(x * w) ** 2
+    torch.testing.assert_close(slope, closed - 2 * x * w * torch.tanh(x * w) * closed)

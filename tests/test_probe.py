@@ -466,3 +466,10 @@ def test_a_neuron_split_twice_in_one_plan():
     move = split("0", 1, 4, 2)
     plan = GrowthPlan(find_hidden_layers(model, probe), (move, move), "by hand")
     refused(model, probe, "at most once, found 1", action=lambda m, p: grow(m, plan, probe=p))
+
+
+def test_vmap_inside_of_the_loss_is_refused_by_name():
+    model, x, y = nn.Linear(3, 1), torch.randn(8, 3), torch.randn(8, 1)
+    probe = Probe([(x, y)], lambda model, batch: (torch.func.vmap(model)(batch[0]) - batch[1]).square().mean())
+    with pytest.raises(SplitWatchError, match="loss_fn: required torch calls on whole batches, found"):
+        probe.record(model, probe.fitted[0])

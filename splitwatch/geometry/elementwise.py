@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
@@ -26,14 +27,20 @@ class CurvedOnce(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        inplace = kwargs.get("inplace", False) or any(arg is True for arg in args[1:])
-        if func not in _SMOOTH or not args or inplace or not (args[0].requires_grad and torch.is_grad_enabled()):
+        if func not in _SMOOTH or not _eligible(*args, **kwargs):
             return func(*args, **kwargs)
         z = args[0].detach().requires_grad_()
         value = func(z, *args[1:], **kwargs)
         slope = torch.autograd.grad(value.sum(), z, create_graph=True)[0]
         bend = torch.autograd.grad(slope.sum(), z)[0] if slope.requires_grad else torch.zeros_like(z)
         return _Curved.apply(args[0], value.detach(), slope.detach(), bend)
+
+
+def _eligible(z: Tensor | None = None, *args: Any, inplace: bool = False, **_: Any) -> bool:
+    """Whether this is a new tensor that will be differentiated, by autograd alone and not by a torch.func transform."""
+    if z is None or inplace or any(arg is True for arg in args):
+        return False
+    return z.requires_grad and torch.is_grad_enabled() and not is_functorch_wrapped_tensor(z)
 
 
 class _Curved(torch.autograd.Function):
