@@ -23,8 +23,8 @@ from splitwatch.records import GrowthPlan, HiddenLayer, Sprout
 PARTS = 8
 """Parts of the held-out half that the standard error is taken over, at least."""
 
-SURE = 3.0
-"""Standard errors that a slope has to be below zero: over eight parts chance does that once in a hundred (Student)."""
+SURE = 2.5
+"""Standard errors that a slope has to be below zero: over eight parts chance does that twice in a hundred (Student)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
