@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import isnan
 
+import numpy as np
 import torch
+from scipy.special import stdtr
 from torch import Tensor, nn
 
 from splitwatch.geometry.ends import channels, outgoing_gradient
@@ -23,27 +26,26 @@ from splitwatch.records import GrowthPlan, HiddenLayer, Sprout
 PARTS = 8
 """Parts of the held-out half that the standard error is taken over, at least."""
 
-SURE = 2.5
-"""Standard errors that a slope has to be below zero: over eight parts chance does that twice in a hundred (Student)."""
+FALSE = 0.05
+"""Expected share of broken promises among those that count as kept (Benjamini & Hochberg 1995)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Promise:
-    """A sprout and the held-out loss's slope along it, with that slope's standard error."""
+    """A sprout and the held-out loss's slope along it, with that slope's standard error.
+
+    ``kept`` says whether the loss descends, beyond what sampling explains among as many sprouts as were asked.
+    """
 
     sprout: Sprout
     slope: float
     error: float
-
-    @property
-    def kept(self) -> bool:
-        """Whether the loss descends, beyond what sampling explains."""
-        return self.slope < -SURE * self.error
+    kept: bool
 
     def scaled(self, factor: float) -> Promise:
         """The same of a longer or shorter whole step, to the lowest point of the parabola."""
         sprout = replace(scale(self.sprout, factor), predicted_decrease=self.sprout.predicted_decrease * factor)
-        return Promise(sprout, self.slope * factor, self.error * factor)
+        return replace(self, sprout=sprout, slope=self.slope * factor, error=self.error * factor)
 
     def decrease(self, step: float) -> float:
         """What a part of the sprout's step promises."""
@@ -67,13 +69,23 @@ def promises(model: nn.Module, layers: Sequence[HiddenLayer], sprouts: Sequence[
         sprouts: with outgoing weights, up to a scale, and half of what they fall by at first order on the fitted half.
         probe: measured on its held-out half.
     """
-    found = []
+    found: list[Promise] = []
     for layer in layers:
         if mine := [move for move in sprouts if move.layer == layer.name]:
-            slopes, errors = _slopes(model, layer, mine, probe)
-            items = zip(mine, slopes.tolist(), errors.tolist(), strict=True)
-            found += [Promise(move, slope, error) for move, slope, error in items]
-    return found
+            items = zip(mine, *_slopes(model, layer, mine, probe), strict=True)
+            found += [Promise(move, float(slope), float(error), False) for move, slope, error in items]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = np.divide([one.slope for one in found], [one.error for one in found])
+    kept = _discovered(stdtr(PARTS - 1, t).tolist())  # nan of a single part is never below a bar
+    return [replace(one, kept=yes) for one, yes in zip(found, kept, strict=True)]
+
+
+def _discovered(chances: Sequence[float]) -> list[bool]:
+    """Which are small enough that only a share ``FALSE`` of those chosen is expected to be chance."""
+    ordered = sorted(chance for chance in chances if not isnan(chance))
+    bars = (FALSE * k / len(chances) for k in range(1, len(ordered) + 1))
+    bar = max((p for p, most in zip(ordered, bars, strict=True) if p <= most), default=-1.0)
+    return [p <= bar for p in chances]
 
 
 def _slopes(model: nn.Module, layer: HiddenLayer, sprouts: Sequence[Sprout], probe: Probe) -> tuple[Tensor, Tensor]:
