@@ -10,7 +10,7 @@ Surgery, optimizer state and random neurons where gromo finds fewer are the harn
 
 gromo's other line search (``gromo.utils.utils.line_search``) looks at 201 factors or more. On the whole probe that
 costs 500 to 1,200 training steps an event, on one batch of it 70 to 170, and either way most cells end worse. The step
-has no ridge: outgoing weights of up to 10⁷ that cancel were met, from which a run does not recover.
+has no ridge: outgoing weights of up to 10⁷ that cancel were met, and losses as large a few training steps later.
 """
 
 from __future__ import annotations
