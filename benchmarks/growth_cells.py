@@ -35,6 +35,11 @@ class Cell:
         return LATER[-len(self.at) :]
 
     @property
+    def plain(self) -> bool:
+        """Whether the network is an MLP of one hidden layer."""
+        return self.problem not in (images, text)
+
+    @property
     def available(self) -> bool:
         return importlib.util.find_spec(self.needs) is not None
 

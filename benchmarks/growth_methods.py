@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from growth_firefly import firefly
+from growth_gromo import gromo
 from growth_peers import gradmax, net2wider, s2d, s3d, tiny
 from growth_site import Site, everywhere, random_new
 
@@ -26,7 +27,13 @@ PEERS = {
     "GradMax": everywhere(gradmax),
     "TINY": everywhere(tiny),
     "Firefly": everywhere(firefly),
+    "gromo": everywhere(gromo),
 }
+NEEDS = {"gromo": "gromo"}
+"""Methods that need a package."""
+PLAIN = {"gromo"}
+"""Methods that know only MLPs of one hidden layer."""
+
 OWN = {"splitwatch": splitwatch, "splitwatch, later": splitwatch}
 """The latter widens at ``Cell.later`` and is compared with fixed widths only."""
 

@@ -120,7 +120,7 @@ def slopes(trace: LayerTrace) -> Tensor:
 def linear_features(trace: LayerTrace) -> list[Tensor]:
     """What consumers would read of neurons that each pass on one input, biases included."""
     d = sum(p.weight_shape[1:].numel() + p.has_bias for p in trace.producers)
-    features = lift(trace, torch.eye(d, device=trace.signals[0].device))
+    features = lift(trace, torch.eye(d).to(trace.signals[0]))
     flat = trace.producers[0].conv is not None and trace.consumers[0].conv is None
     return [x.flatten(1) for x in features] if flat else list(features)
 
@@ -132,15 +132,16 @@ def tiny(site: Site, layer: HiddenLayer, count: int) -> list[Move]:
     many neurons as outputs or inputs.
     """
     traces = residual(traced(site, layer))
-    eye = torch.eye(neuron_weights(site.model, layer)[0].shape[1])
+    w = neuron_weights(site.model, layer)[0]
+    eye = torch.eye(w.shape[1]).to(w)
     rows = torch.cat([_rows(lift(t, eye)[0], t.producers[0]) for t in traces]).double()
     values, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
     keep = values > torch.finfo(torch.float32).eps * len(values) * values[-1]
     root = vectors[:, keep] / values[keep].sqrt()
     slope = torch.as_tensor(sum(t.share * slopes(t) for t in traces)).double()
     u, size, vh = torch.linalg.svd(root.T @ slope, full_matrices=False)
-    incoming = (root @ u * size.sqrt()).T[:count].float()
-    outgoing = (-size.sqrt()[:, None] * vh)[:count].float()
+    incoming = (root @ u * size.sqrt()).T[:count].to(w)
+    outgoing = (-size.sqrt()[:, None] * vh)[:count].to(w)
 
     def at(gamma: float) -> list[Move]:
         pairs = zip(incoming * gamma**0.5, outgoing * gamma**0.5, strict=True)

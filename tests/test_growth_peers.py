@@ -176,3 +176,57 @@ def test_runs_keep_to_their_budget_and_resume(bench, tmp_path, monkeypatch):
     page.write_text("# Page\n\n## Growth\nold\n\n## Next\nkept\n")
     report.put_into(page, text)
     assert "old" not in page.read_text() and "## Next\nkept" in page.read_text()
+
+
+@pytest.fixture
+def plateau(bench):
+    """A tanh network in double precision whose outgoing weights cannot be better, before growth from 6 to 8 neurons."""
+    site = site_of(bench, nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double(), 8, torch.randn)
+    batches = [(x.double(), y.double()) for x, y in site.probe.half("all")]
+    probe = Probe(batches, lambda net, batch: F.mse_loss(net(batch[0]), batch[1]))
+    hidden = torch.cat([torch.tanh(site.model[0](x)) for x, _ in batches])
+    hidden = torch.cat([hidden, torch.ones_like(hidden[:, :1])], 1).detach()
+    solved = torch.linalg.lstsq(hidden, torch.cat([y for _, y in batches])).solution.T
+    site.model[2].load_state_dict({"weight": solved[:, :-1], "bias": solved[:, -1]})
+    return replace(site, probe=probe)
+
+
+def test_gromo_asks_for_the_neurons_that_tiny_asks_for(bench, plateau):
+    pytest.importorskip("gromo")
+    net = bench("growth_gromo").measured(plateau.model, plateau.probe)
+    net.compute_optimal_updates(maximum_added_neurons=2, dtype=torch.float64)
+    new = net.layers[0].extended_output_layer
+    theirs = (net.layers[1].extended_input_layer.weight @ torch.cat([new.weight, new.bias[:, None]], 1)).detach()
+    moves = bench("growth_peers").tiny(plateau, plateau.layers[0], 2)
+    ours = sum(move.outgoing[:, None] * move.incoming for move in moves)
+    size = theirs.norm() / ours.norm()
+    assert len(moves) == 2 and torch.allclose(size * ours, theirs, rtol=0, atol=1e-12)
+    gamma = 1e-7
+    root = (gamma * size).sqrt()
+    small = [replace(move, incoming=root * move.incoming, outgoing=root * move.outgoing) for move in moves]
+    slope = (plateau.probe.loss(plateau.model) - after(plateau, small)) / gamma
+    assert slope == pytest.approx(float(net.layers[1].new_neurons_fo_improvement), rel=1e-5)
+
+
+def test_what_gromo_makes_of_a_network_is_what_the_harness_makes_of_it(bench, site):
+    pytest.importorskip("gromo")
+    gromo = bench("growth_gromo")
+    net = gromo.proposed(site.model, site.probe, 3)
+    losses = [gromo.extended_loss(net, site.probe, factor) for factor in gromo.FACTORS]
+    assert min(losses) < 0.99 * losses[0] and losses[0] == pytest.approx(site.probe.loss(site.model), rel=1e-6)
+    moves = gromo.gromo(site, site.layers[0], 3)
+    assert len(moves) == 3 and moves[0].others.norm() > 0
+    assert after(site, moves) == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_methods_run_where_they_know_the_network_and_are_installed(bench, tmp_path, monkeypatch, capsys):
+    runner, cells = bench("growth"), bench("growth_cells").BY_NAME
+    chosen = [cells["teacher tanh"], cells["MNIST conv, once"]]
+    found = {(cell, name) for cell, name, _ in runner.tasks(chosen, ["random", "gromo"], 1) if "fixed" not in name}
+    assert found == {("teacher tanh", "random"), ("teacher tanh", "gromo"), ("MNIST conv, once", "random")}
+    monkeypatch.setitem(runner.NEEDS, "gromo", "not_a_package")
+    ran = []
+    monkeypatch.setattr(runner, "run_all", lambda todo, *_: ran.extend(name for _, name, _ in todo) or [])
+    runner.main(["--cells", "teacher tanh", "--methods", "gromo", "random", "--results", str(tmp_path / "none.jsonl")])
+    assert "random" in ran and "gromo" not in ran
+    assert "gromo: left out, not_a_package is not installed" in capsys.readouterr().out
