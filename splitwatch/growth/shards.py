@@ -154,8 +154,8 @@ def _rows(model: nn.Module) -> dict[int, tuple[Any, int]]:
     found = {}
     for unit in _units(model):
         state = unit._get_fsdp_state()
-        single = [state._fsdp_param_group] if state._fsdp_param_group is not None else []
-        for group in getattr(state, "_fsdp_param_groups", single):
+        groups = getattr(state, "_fsdp_param_groups", None)  # there was one group, or none, before torch knew several
+        for group in filter(None, [state._fsdp_param_group] if groups is None else groups):
             found |= {id(row.sharded_param): (group, i) for i, row in enumerate(group.fsdp_params)}
     return found
 
