@@ -1,5 +1,6 @@
 """The code of every how-to page runs, and does what the page says."""
 
+import gc
 import inspect
 import os
 import pathlib
@@ -127,6 +128,7 @@ def group(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(distributed, "init_process_group", lambda backend, **given: begin(backend, **(given or alone)))
     yield
+    gc.collect()  # no reducer outlives the group
     if distributed.is_initialized():
         distributed.destroy_process_group()
 
