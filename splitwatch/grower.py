@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from splitwatch.growth.outcomes import outcomes
 from splitwatch.growth.plan import plan_growth
 from splitwatch.growth.policy import GrowthPolicy, imported
 from splitwatch.growth.replicas import bare, bare_optimizers, follow
+from splitwatch.growth.shards import check_shards, whole
 from splitwatch.layers import find_hidden_layers, select_layers
 from splitwatch.probe import LossFunction, Probe
 from splitwatch.ranks import everywhere, is_first, rank_count, summed_number
@@ -44,8 +45,8 @@ class Grower:
             grower.step(batch, loss)
 
     Args:
-        model: the network; its modules stay, their parameters are replaced when it grows. What Fabric or
-            DistributedDataParallel put around it follows the growth; ``loss_fn`` is given the bare network.
+        model: the network; its modules stay, their parameters are replaced when it grows. What Fabric,
+            DistributedDataParallel or fully_shard put around it follows; ``loss_fn`` is given the bare network.
         optimizer: the optimizer, or all of them.
         loss_fn: ``loss_fn(model, batch)`` returns the scalar mean loss of a batch, not scaled; it may open autocast.
         policy: budgets and schedule.
@@ -57,8 +58,7 @@ class Grower:
 
     ``events`` keeps what was measured; only the last event with geometry keeps its tensors, of those before it only the
     plans that were carried out do. Sinks get every event whole. Where several processes train together, each calls
-    ``step`` on its own batches. They measure on the samples of all, and whatever is decided rests on numbers that are
-    the same on each rank: parameters that are the same on all ranks stay so when the network grows.
+    ``step`` on its own batches; what is decided rests on sums over all, so parameters stay the same on each.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class Grower:
         self.loss_fn, self.policy = loss_fn, policy or GrowthPolicy()
         self.monitor_only, self.sinks, self.progress = monitor_only, list(sinks), progress
         given = self.policy
+        check_shards(self.model, grows=not monitor_only, control=bool(given.control))
         own = None if given.detector is None else imported("detector", given.detector)
         self.detector = StationarityDetector(given.window, given.tolerance, given.noise_ratio, own)
         self.collector = ProbeCollector(-(-self.policy.probe_samples // rank_count()))
@@ -164,7 +165,8 @@ class Grower:
         self.pending, kind, charged = False, "", True
         self.budget.enter()
         try:
-            event = self._measure()
+            with whole(self.model, () if self.monitor_only else self.optimizers):
+                event = self._measure()
             kind, charged = GEOMETRY if GEOMETRY in event.seconds else TEST, not event.grown
             event = replace(event, step=self.steps, overhead=self.budget.overhead(charged=charged))
             self._take(event)
@@ -192,9 +194,9 @@ class Grower:
             SplitWatchError: no probe was given and too few batches were seen to make one.
         """
         probe = self._probe()
-        layers = self._layers(probe)
-        geometry = self._geometry(probe, layers)
-        return plan_growth(self.model, geometry, probe, self.policy, layers=layers)
+        with whole(self.model):
+            layers, geometry = self._geometry(probe)
+            return plan_growth(self.model, geometry, probe, self.policy, layers=layers)
 
     def state_dict(self) -> dict[str, Any]:
         """What has to survive a restart, in builtins and tensors: a probe in the making too, unless it is large.
@@ -244,12 +246,9 @@ class Grower:
             raise SplitWatchError("probe: required training batches, found none; call step first or pass a probe")
         return self.collector.probe(self.loss_fn)
 
-    def _layers(self, probe: Probe) -> tuple[HiddenLayer, ...]:
-        return select_layers(find_hidden_layers(self.model, probe), self.policy.layers)
-
-    def _geometry(self, probe: Probe, layers: Sequence[HiddenLayer]) -> dict[str, LayerGeometry]:
-        wanted, max_bytes = self.policy.max_neurons, self.policy.max_bytes
-        return measure_geometry(self.model, probe, layers, wanted=wanted, max_bytes=max_bytes)
+    def _geometry(self, probe: Probe) -> tuple[tuple[HiddenLayer, ...], dict[str, LayerGeometry]]:
+        layers, given = select_layers(find_hidden_layers(self.model, probe), self.policy.layers), self.policy
+        return layers, measure_geometry(self.model, probe, layers, wanted=given.max_neurons, max_bytes=given.max_bytes)
 
     def _measure(self) -> GrowthEvent:
         probe, parameters = self._probe(), count_parameters(self.model)
@@ -261,8 +260,7 @@ class Grower:
                 plan = GrowthPlan((), (), reason)
                 return GrowthEvent(plan, {}, (parameters, parameters), verdict=verdict, seconds=stages.seconds)
             with stages(GEOMETRY):
-                layers = self._layers(probe)
-                geometry = self._geometry(probe, layers)
+                layers, geometry = self._geometry(probe)
             with stages("plan"):
                 plan = plan_growth(self.model, geometry, probe, self.policy, layers=layers)
             with stages("diagnosis"):

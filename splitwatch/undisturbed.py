@@ -33,8 +33,9 @@ def check_parameters(model: nn.Module) -> None:
     """Refuse models that cannot be run as they are.
 
     Raises:
-        SplitWatchError: the parameters are on several devices, or hold no values.
+        SplitWatchError: the parameters are on several devices, hold no values, or are shards.
     """
+    check_whole(model)
     where: dict[str, str] = {}
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
@@ -51,6 +52,25 @@ def check_parameters(model: nn.Module) -> None:
         found = ", ".join(f"{device} ({name})" for device, name in sorted(where.items()))
         raise SplitWatchError(
             f"model: required parameters on one device, found {found}; move the model to one with model.to(device)"
+        )
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a process holds only its part of a tensor, as a ``DTensor``; that class is slow to import."""
+    return hasattr(tensor, "full_tensor")
+
+
+def check_whole(model: nn.Module) -> None:
+    """Refuse models of which each process holds only a part.
+
+    Raises:
+        SplitWatchError: a parameter is a shard.
+    """
+    shard = next((name for name, parameter in model.named_parameters() if is_sharded(parameter)), None)
+    if shard is not None:
+        raise SplitWatchError(
+            f"model: required parameters that are whole, found {shard} sharded over processes; let Grower or "
+            "SplitWatch measure and grow it, which gather it first"
         )
 
 

@@ -110,6 +110,12 @@ def trainer_of(callbacks, package="pytorch_lightning", steps=40, **settings):
     return pl.Trainer(max_steps=steps, callbacks=callbacks, **settings)
 
 
+def held(model):
+    """A copy of the parameters, whole where processes share them out; then each has to ask."""
+    found = [p.detach() for p in model.parameters()]
+    return [(p.full_tensor() if hasattr(p, "full_tensor") else p).clone() for p in found]
+
+
 class Diary:
     """What happened in a run, one file a rank: losses over all ranks, growth, parameters right after it and at the end.
 
@@ -123,7 +129,7 @@ class Diary:
     def sink(self, event):
         if event.grown:
             self.grown.append((event.step, [(move.layer, move.neuron, move.coefficients) for move in event.plan.moves]))
-            self.after += [p.detach().clone() for p in self.watch.grower.model.parameters()]
+            self.after += held(self.watch.grower.model)
 
     def in_package(self, package="pytorch_lightning"):
         base = importlib.import_module(package).Callback
@@ -144,6 +150,6 @@ class Keeper:
         self.diary.losses.append(float(loss) / trainer.world_size)
 
     def on_train_end(self, trainer, pl_module):
-        diary, end = self.diary, [p.detach() for p in pl_module.parameters()]
+        diary, end = self.diary, held(pl_module)
         kept = {"losses": diary.losses, "grown": diary.grown, "after": diary.after, "end": end}
         torch.save(kept, f"{diary.folder}/{trainer.global_rank}")

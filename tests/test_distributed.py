@@ -1,6 +1,7 @@
 """Lightning on two processes, each with half of every batch, against one process with all of it."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +10,12 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from runs import QUIET, SOON, Diary, in_clean_process, module_of, trainer_of
+from torch import multiprocessing
 from torch.multiprocessing import ProcessRaisedException
 
-from splitwatch import SplitWatch, SplitWatchError, make_growable
+from splitwatch import SplitWatch, SplitWatchError, load_grown, make_growable
 
 pytestmark = pytest.mark.filterwarnings(*QUIET)
 TESTS = Path(__file__).parent
@@ -128,6 +130,34 @@ def test_ranks_stay_the_same_with_norms_and_compiled_code(kind, tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(first[name], second[name], strict=True))
 
 
+def shard(self):
+    from torch.distributed.fsdp import fully_shard
+
+    for module in (self.net[0], self.net):
+        fully_shard(module, mesh=self.device_mesh["data_parallel"])
+
+
+def on_rank(rank, folder, port, settings):
+    """A run under ModelParallelStrategy, as torchrun would start it."""
+    given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "none"} | {k: str(v) for k, v in given.items()}
+    module, diary = module_of(configure_model=shard), Diary(folder)
+    strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=False)
+    trainer = trainer_of([diary.in_package(), diary.watch], strategy=strategy, devices=2, **settings)
+    trainer.fit(module)
+    trainer.save_checkpoint(folder / "last.ckpt")
+
+
+@in_clean_process
+def test_two_processes_with_a_sharded_module_equal_one(alone, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    multiprocessing.start_processes(on_rank, (tmp_path, port, {}), nprocs=2, start_method="fork")
+    kept = assert_same_run(tmp_path, alone)
+    back = load_grown(module_of, tmp_path / "last.ckpt")
+    assert all(torch.equal(p, q) for p, q in zip(back.parameters(), kept["end"], strict=True))
+
+
 @in_clean_process
 def test_forked_processes_need_a_model_that_can_come_back_and_say_so(tmp_path):
     trainer = trainer_of([SplitWatch(SOON)], steps=1, strategy="ddp_fork", devices=1)
@@ -139,7 +169,7 @@ def strategy_named(name, bases=(pl.strategies.SingleDeviceStrategy,)):
     return type(name, bases, {})(device=torch.device("cpu"))
 
 
-@pytest.mark.parametrize("name", ["DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy"])
+@pytest.mark.parametrize("name", ["DeepSpeedStrategy", "FSDPStrategy"])
 def test_strategies_that_shard_parameters_are_refused_by_name(name):
     trainer = trainer_of([SplitWatch(SOON)], steps=1, strategy=strategy_named(name))
     with pytest.raises(SplitWatchError, match=rf"strategy: required .* found {name}.*ddp"):

@@ -13,8 +13,11 @@ import torch
 import torch.nn.functional as F
 from pytorch_lightning.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from pytorch_lightning.cli import LightningCLI
+from pytorch_lightning.strategies import ModelParallelStrategy
 from runs import QUIET, SOON, trainer_of, wave
 from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
@@ -116,17 +119,33 @@ def test_resume():
     assert second.model[0].out_features > 2
 
 
-def test_distribute(tmp_path, monkeypatch):
-    callback, loop = blocks("distribute.md")
-    assert run(callback)["module"].net[0].out_features > 2
-    start = distributed.init_process_group
-    store = {"init_method": f"file://{tmp_path}/store", "rank": 0, "world_size": 1}
-    monkeypatch.setattr(distributed, "init_process_group", lambda backend: start(backend, **store))
-    try:
-        assert run(loop)["model"].module[0].out_features > 2
-    finally:
-        gc.collect()  # no reducer outlives the group; see test_replicas
+@pytest.fixture
+def group(tmp_path, monkeypatch):
+    """Where a page begins a group and says no more, it is one of one process, which ends here."""
+    begin, alone = (
+        distributed.init_process_group,
+        {"init_method": f"file://{tmp_path}/store", "rank": 0, "world_size": 1},
+    )
+    monkeypatch.setattr(distributed, "init_process_group", lambda backend, **given: begin(backend, **(given or alone)))
+    yield
+    gc.collect()  # no reducer outlives the group
+    if distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+def test_distribute(group):
+    callback, loop, *_ = blocks("distribute.md")
+    assert run(callback)["module"].net[0].out_features > 2
+    assert run(loop)["model"].module[0].out_features > 2
+
+
+def test_distribute_sharded(group):
+    *_, callback, loop = blocks("distribute.md")
+    names = {"fully_shard": fully_shard, "init_device_mesh": init_device_mesh}
+    assert run(loop, **names)["model"][0].out_features > 2
+    names["ModelParallelStrategy"] = ModelParallelStrategy
+    trainer = run(callback.replace("=2", "=1"), **names)["trainer"]
+    assert trainer.lightning_module.net[0].out_features > 2
 
 
 def test_compile():

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from splitwatch.anatomy import plain_module, plain_name
 from splitwatch.handlers import columns, rows
 from splitwatch.records import GrowthPlan, SplitWatchError
+from splitwatch.undisturbed import is_sharded
 
 KEY = "splitwatch"
 """Under which growth is recorded, in the metadata of a state dict and in the state of a callback."""
@@ -200,6 +201,11 @@ def _set_width(module: nn.Module, names: tuple[str, ...], axis: int, width: int)
         if tensor is None or tensor.shape[axis] == width:
             continue
         shape = [width if i == axis else n for i, n in enumerate(tensor.shape)]
+        if is_sharded(tensor):
+            raise SplitWatchError(
+                f"state_dict: required the widths of a model that is sharded already, found {width} for "
+                f"{tensor.shape[axis]}; call splitwatch.load_grown before fully_shard"
+            )
         empty = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
         parameter = isinstance(tensor, nn.Parameter)
         setattr(module, name, nn.Parameter(empty, requires_grad=tensor.requires_grad) if parameter else empty)

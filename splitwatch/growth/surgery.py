@@ -17,6 +17,7 @@ from splitwatch.grouped import by_channel, by_output
 from splitwatch.growth.widening import IndexMap, Widening, as_column, submodule, widenings
 from splitwatch.handlers import Fields, columns, rows
 from splitwatch.records import GrowthPlan, HiddenLayer
+from splitwatch.undisturbed import check_whole
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,8 +95,9 @@ def prepare(model: nn.Module, plan: GrowthPlan, *, offsets: bool = True) -> Surg
         offsets: whether copies get their offsets and sprouts their outgoing weights, or the function stays as it is.
 
     Raises:
-        SplitWatchError: the plan does not fit the model.
+        SplitWatchError: the plan does not fit the model, or the model is sharded.
     """
+    check_whole(model)
     edits: dict[tuple[int, str], _Edit] = {}
     sizes: list[tuple[nn.Module, str, int]] = []
     for widening in widenings(model, plan):

@@ -68,7 +68,7 @@ class SplitWatch(Callback):
         self.grower: Grower | None = None
         self._saved: dict[str, Any] = {}
         self._step = -1
-        self._convert: Callable[[Batch], Batch] = lambda batch: batch
+        self._convert: Callable[[Batch], Batch] = _unchanged
         self._boards: dict[int, TensorBoardSink] = {}
 
     @property
@@ -175,6 +175,11 @@ class SplitWatch(Callback):
             if writer is not None:
                 board = self._boards.setdefault(id(logger), TensorBoardSink(writer, scalars=False))
                 board(event, step)
+
+
+def _unchanged(batch: Batch) -> Batch:
+    """A batch as it is; a function with a name, so that a callback can be sent to spawned processes."""
+    return batch
 
 
 def training_step_loss(module: nn.Module, batch: Batch) -> Tensor:

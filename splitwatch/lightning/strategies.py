@@ -1,4 +1,7 @@
-"""Several processes: which strategies a growing network can be trained with, and how DDP follows its growth."""
+"""Several processes: which strategies a growing network can be trained with, and how DDP follows its growth.
+
+Under ``ModelParallelStrategy`` the module shards itself, in ``configure_model``; how is looked at when training starts.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,12 @@ from splitwatch.records import SplitWatchError
 SHARDED = {
     "DeepSpeedStrategy": "hands parameters and optimizer to an engine that keeps flat copies of them",
     "FSDPStrategy": "flattens parameters and shards them over the processes",
-    "ModelParallelStrategy": "shards parameters over the processes as DTensors",
     "XLAFSDPStrategy": "flattens parameters and shards them over the processes",
 }
 """Strategies by the names of their classes, which may not be installed, and what they do to parameters."""
+
+FOLLOWED = {"DDPStrategy", "ModelParallelStrategy"}
+"""Strategies of several processes that follow a network's growth."""
 
 
 def check_strategy(trainer: Any, module: nn.Module, *, grows: bool) -> None:
@@ -35,8 +40,10 @@ def check_strategy(trainer: Any, module: nn.Module, *, grows: bool) -> None:
             f"strategy: required one that holds every parameter whole on each process, such as DDP, found {name}, "
             f"which {SHARDED[kind]}; {cure}"
         )
-    if trainer.world_size > 1 and "DDPStrategy" not in kinds:
-        raise SplitWatchError(f"strategy: required DDP for {trainer.world_size} processes, found {name}; {cure}")
+    if trainer.world_size > 1 and not kinds & FOLLOWED:
+        raise SplitWatchError(
+            f"strategy: required DDP or ModelParallelStrategy for {trainer.world_size} processes, found {name}; {cure}"
+        )
     if grows and getattr(strategy, "_model_averaging_period", None) is not None:
         raise SplitWatchError(
             "model_averaging_period: required None, found a period: between two averages the processes hold different "
