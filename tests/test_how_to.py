@@ -134,13 +134,13 @@ def group(tmp_path, monkeypatch):
 
 
 def test_distribute(group):
-    callback, loop, *_ = blocks("distribute.md")
+    callback, loop = blocks("distribute.md")
     assert run(callback)["module"].net[0].out_features > 2
     assert run(loop)["model"].module[0].out_features > 2
 
 
-def test_distribute_sharded(group):
-    *_, callback, loop = blocks("distribute.md")
+def test_shard(group):
+    callback, loop = blocks("shard.md")
     names = {"fully_shard": fully_shard, "init_device_mesh": init_device_mesh}
     assert run(loop, **names)["model"][0].out_features > 2
     names["ModelParallelStrategy"] = ModelParallelStrategy
