@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pytorch_lightning.callbacks import ModelCheckpoint
-from runs import QUIET, SOON, in_clean_process, loader, module_of, trainer_of, wave
+from runs import QUIET, SOON, Dealt, in_clean_process, loader, module_of, trainer_of, wave
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -95,27 +95,6 @@ def plain(folder):
 def told(events):
     """Events as far as they are kept: without geometry, without times."""
     return [{**packed(light(event)), "seconds": {}, "overhead": 0.0} for event in events]
-
-
-class Dealt:
-    """A loader that knows where it stands, so that a run can be resumed within an epoch."""
-
-    position = 0
-
-    def __len__(self):
-        return 8
-
-    def __iter__(self):
-        x, y = wave()
-        for i in range(self.position, 8):
-            self.position = (i + 1) % 8
-            yield x[64 * i : 64 * i + 64], y[64 * i : 64 * i + 64]
-
-    def state_dict(self):
-        return {"position": self.position}
-
-    def load_state_dict(self, state):
-        self.position = state["position"]
 
 
 def lightning(folder):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.strategies import DDPStrategy
-from runs import in_clean_process, module_of, trainer_of, wave
+from runs import Dealt, in_clean_process, module_of, trainer_of, wave
 from test_resume import FORK, POLICY, assert_same, die, told
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -67,28 +67,6 @@ def plain(rank, folder, store, death):
             torch.save({name: part.state_dict() for name, part in parts.items()}, f"{folder}/part{rank}")
             os.replace(f"{folder}/part{rank}", f"{folder}/{grower.steps}.{rank}")
     return net, optimizer, grower
-
-
-class Dealt:
-    """A loader that knows where it stands, and gives each rank its samples."""
-
-    position = 0
-
-    def __len__(self):
-        return 8
-
-    def __iter__(self):
-        x, y = wave()
-        for i in range(self.position, 8):
-            self.position = (i + 1) % 8
-            rows = slice(64 * i + distributed.get_rank(), 64 * i + 64, RANKS)
-            yield x[rows], y[rows]
-
-    def state_dict(self):
-        return {"position": self.position}
-
-    def load_state_dict(self, state):
-        self.position = state["position"]
 
 
 class Death(Callback):
