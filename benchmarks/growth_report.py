@@ -257,6 +257,7 @@ def draw(results: Sequence[Result], own: str, path: Path) -> None:
             style = {"color": "black", "lw": 2.2} if name == own else {"color": f"C{i % 10}", "lw": 1}
             lines[label] = axis.plot(x, y, **style)[0]
         axis.set(title=cell, yscale="log", xlabel="share of the FLOPs")
+        axis.set_ylim(top=1.2 * max(run["curve"][0][1] for run in methods[names[-1]].values()))  # cuts off spikes
     for axis in list(axes.flat)[len(table) :]:
         axis.set_axis_off()
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=min(6, 2 * columns), frameon=False)
