@@ -3,7 +3,8 @@
 At each plateau (every cell's narrow network of benchmarks/growth.py, trained three times as long as its first stage)
 the 20 best neurons propose a split at an offset of its own from a line search, and 40 random candidates of residual
 pursuit propose a sprout, on a probe of the default size. What is predicted is what the held-out half says. Every move
-is made alone; what it decreases is measured on fresh batches, twice as many.
+is made alone; what it decreases is measured on fresh batches, twice as many. So are the moves of the plan that the
+default policy makes there, each with the share of the plan's decrease that ``outcomes`` gives it.
 
     python benchmarks/growth_candidates.py [seeds] [cell …]
 """
@@ -23,6 +24,7 @@ from scipy.stats import spearmanr
 
 from splitwatch import GrowthPolicy, Probe, measure_geometry, plan_growth
 from splitwatch.growth.grow import widened
+from splitwatch.growth.outcomes import outcomes
 from splitwatch.growth.promise import promises
 from splitwatch.growth.pursuit import Seedlings, candidates, sized
 from splitwatch.growth.search import searched, stretch, weighed
@@ -32,6 +34,7 @@ from splitwatch.precision import full_precision
 from splitwatch.records import GrowthPlan, HiddenLayer, Move, Split, Sprout
 
 SPROUTS, SPLITS = 40, 20
+Pairs = list[tuple[float, float]]
 BYTES = 2**30
 
 
@@ -59,8 +62,22 @@ def splits(run: Run, layers: tuple[HiddenLayer, ...], probe: Probe) -> Iterator[
             yield from (replace(one, predicted_decrease=found.held_out_decrease) for one in found.moves)
 
 
-def plateau(cell: Cell, seed: int) -> tuple[int, float, float, float]:
-    """Moves, their rank correlation, the shares that decrease the loss and that come within a factor of two."""
+def kept(pairs: Pairs) -> tuple[float, float]:
+    """Shares that decrease the loss and that come within a factor of two."""
+    close = sum(0.5 <= realised / predicted <= 2 for predicted, realised in pairs if predicted > 0)
+    return sum(realised > 0 for _, realised in pairs) / max(len(pairs), 1), close / max(len(pairs), 1)
+
+
+def planned(run: Run, layers: tuple[HiddenLayer, ...], probe: Probe, fresh: list) -> Pairs:
+    """What the moves of the default policy's plan are predicted to decrease, and what they do on fresh batches."""
+    geometry = measure_geometry(run.model, probe, layers)
+    plan = plan_growth(run.model, geometry, probe, layers=layers)
+    found = outcomes(run.model, plan, Probe(fresh, run.problem.loss), geometry)
+    return [(one.predicted, one.realised) for one in found]
+
+
+def plateau(cell: Cell, seed: int) -> tuple[Pairs, Pairs]:
+    """Predicted and realised decreases: of candidates made alone, and of the default policy's moves."""
     run = Run(cell, cell.problem(cell.activation, seed), cell.widths[0], seed)
     run.until(3 * cell.at[0])
     seen = GrowthPolicy().probe_samples // len(run.batch[0])
@@ -73,22 +90,35 @@ def plateau(cell: Cell, seed: int) -> tuple[int, float, float, float]:
     for move in moves:
         with widened(run.model, GrowthPlan(layers, (move,), "")):
             realised.append(before - mean(run.problem.loss, run.model, fresh))
-    predicted = [move.predicted_decrease for move in moves]
-    ranks = float(spearmanr(predicted, realised).statistic)
-    close = sum(0.5 <= r / p <= 2 for p, r in zip(predicted, realised, strict=True) if p > 0) / len(moves)
-    return len(moves), ranks, sum(r > 0 for r in realised) / len(moves), close
+    alone = list(zip([move.predicted_decrease for move in moves], realised, strict=True))
+    return alone, planned(run, layers, probe, fresh)
 
 
 def main(seeds: int, cells: list[Cell]) -> None:
     torch.set_num_threads(1)
-    print("| plateau | moves | rank correlation | decrease | within a factor of two |\n| --- | --- | --- | --- | --- |")
-    found = []
+    print(
+        "| plateau | moves | rank correlation | decrease | within a factor of two | default plan | decrease | within |"
+    )
+    print("| --- " * 8 + "|")
+    ranks, plans = [], []
     for cell in cells:
         for seed in range(seeds):
-            count, ranks, positive, close = plateau(cell, seed)
-            found.append(ranks)
-            print(f"| {cell.name}, {seed} | {count} | {ranks:.2f} | {positive:.0%} | {close:.0%} |", flush=True)
-    print(f"\nmedian rank correlation of {len(found)} plateaus: {median(found):.2f}, lowest {min(found):.2f}")
+            alone, plan = plateau(cell, seed)
+            ranks.append(float(spearmanr(alone).statistic))
+            plans += plan
+            shares = [f"{share:.0%}" for share in (*kept(alone), *(kept(plan) if plan else ()))]
+            row = [
+                f"{cell.name}, {seed}",
+                len(alone),
+                f"{ranks[-1]:.2f}",
+                *shares[:2],
+                len(plan) or "none",
+                *shares[2:],
+            ]
+            print("|", *(f"{item} |" for item in row), *["|"] * (8 - len(row)), flush=True)
+    print(f"\nmedian rank correlation of {len(ranks)} plateaus: {median(ranks):.2f}, lowest {min(ranks):.2f}")
+    positive, close = kept(plans)
+    print(f"default plans: of {len(plans)} moves {positive:.0%} decrease the loss, {close:.0%} within a factor of two")
 
 
 if __name__ == "__main__":

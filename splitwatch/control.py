@@ -75,6 +75,15 @@ class Control:
                 optimizer.step()
         self.losses.append((torch.as_tensor(loss).detach().double().cpu(), own.detach().double().cpu()))
 
+    def follow(self, batch: Batch, loss: Tensor | float) -> bool:
+        """A step; False, with a warning, where it fails, as after parameter groups were added to a live optimizer."""
+        try:
+            self.step(batch, loss)
+        except (RuntimeError, ValueError) as error:
+            _logger.warning("the control is dropped: it could not be trained: %s", error)
+            return False
+        return True
+
     def compare(self, model: nn.Module) -> Comparison:
         """The live network beside the copy, as they are now."""
         grown, weights = self.probe.losses(model, "held_out", finite=False)

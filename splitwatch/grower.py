@@ -17,7 +17,7 @@ from splitwatch.control import Control, control_for
 from splitwatch.diagnosis import diagnosis
 from splitwatch.events import GrowthEvent, light, packed, unpacked
 from splitwatch.geometry.measure import measure_geometry
-from splitwatch.growth.grow import count_parameters, grow
+from splitwatch.growth.grow import grow, not_grown
 from splitwatch.growth.optimizer import coupled_weight_decay
 from splitwatch.growth.outcomes import outcomes
 from splitwatch.growth.plan import plan_growth
@@ -29,7 +29,7 @@ from splitwatch.probe import LossFunction, Probe
 from splitwatch.ranks import everywhere, is_first, rank_count, summed_number
 from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, SplitWatchError, StationarityVerdict
 from splitwatch.rewarm import Rewarm
-from splitwatch.watch.stationarity import BLOCKS, StationarityDetector
+from splitwatch.watch.stationarity import BLOCKS, StationarityDetector, as_now
 
 Sink = Callable[[GrowthEvent], object]
 
@@ -76,9 +76,8 @@ class Grower:
     ) -> None:
         self.model, self.replica = bare(model)
         self.optimizers = bare_optimizers(optimizer)
-        self.loss_fn, self.policy = loss_fn, policy or GrowthPolicy()
+        self.loss_fn, self.policy = loss_fn, (given := policy or GrowthPolicy())
         self.monitor_only, self.sinks, self.progress = monitor_only, list(sinks), progress
-        given = self.policy
         check_shards(self.model, grows=not monitor_only, control=bool(given.control))
         own = None if given.detector is None else imported("detector", given.detector)
         self.detector = StationarityDetector(given.window, given.tolerance, given.noise_ratio, own)
@@ -108,49 +107,58 @@ class Grower:
 
     def observe(self, batch: Batch, loss: Tensor | float) -> bool:
         """Take note of one training step; returns whether a measurement is due."""
-        self.steps += 1
-        complete = self.detector.note(loss)
-        if complete or self.steps == 1 or (self.fixed_probe is None and not self.collector.ready):
-            self._look(batch, complete)
-        if self.control is not None:
-            self._follow(self.control, batch, loss)
-        return self.pending  # on most steps that is all: between two looks one clock runs, that of training
+        if self.note(as_now(loss)):
+            self.look(batch, loss)
+        return self.pending
 
-    def _look(self, batch: Batch, complete: bool) -> None:
-        """Collect the batch if that is still wanted, and judge the losses if a block is complete."""
+    def note(self, loss: Tensor | float) -> bool:
+        """Count a step and keep its loss, all that most steps cost; returns whether its batch is to be looked at."""
+        self.steps += 1
+        return self.detector.note(loss) or self._follows
+
+    @property
+    def patience(self) -> int:
+        """Steps to the next one whose batch is to be looked at."""
+        return 1 if self._follows else self.detector.patience - len(self.detector.losses)
+
+    @property
+    def _follows(self) -> bool:
+        """Whether every batch is wanted."""
+        collecting = self.fixed_probe is None and not self.collector.ready
+        return collecting or self.control is not None or not self.batch_size
+
+    def look(self, batch: Batch, loss: Tensor | float) -> None:
+        """Do what is to be done with a step's batch; between two looks one clock runs, that of training."""
         self.budget.enter()
         if self.fixed_probe is None:
             self.collector.add(batch)
         self.batch_size = max(self.batch_size, batch_size(batch))
-        verdict = self.detector.judge() if complete else None
-        if verdict:
+        if self.detector.complete and (verdict := self.detector.judge()):
             self.verdict = verdict
-            suspected = verdict.kind == "suspected" and not self._finished
+            limit = self.policy.max_events
+            suspected = verdict.kind == "suspected" and (limit is None or self.growths < limit)
             self.pending = suspected and self._due()
             if suspected and self.budget.share is not None:  # while it has to wait anyway, it looks once a window
-                self.detector.patience = 1 if self.pending else BLOCKS
+                self.detector.patience = self.detector.block * (1 if self.pending else BLOCKS)
         self.budget.leave()
+        if self.control is not None:
+            self._follow(self.control, batch, loss)
 
     def _follow(self, control: Control, batch: Batch, loss: Tensor | float) -> None:
         """Let the copy that did not grow make its step too, which counts neither as training nor as monitoring."""
         self.budget.enter()
-        try:
-            control.step(batch, loss)
-            if control.done:
-                self._compare()
-        except (RuntimeError, ValueError) as error:  # the latter where parameter groups were added
+        if not control.follow(batch, loss):
             self._drop_control()
-            _logger.warning("the control is dropped: it could not be trained: %s", error)
-        finally:
-            self.budget.leave(charged=False)
+        elif control.done:
+            self._compare()
+        self.budget.leave(charged=False)
 
     def _compare(self) -> None:
         """End the control with an event that tells whether growth paid."""
-        control, parameters = self.control, count_parameters(self.model)
-        if control is not None and control.losses:
-            comparison = control.compare(self.model)
-            plan = GrowthPlan((), (), str(comparison))
-            self._tell(GrowthEvent(plan, {}, (parameters, parameters), comparison=comparison, step=self.steps))
+        if self.control is not None and self.control.losses:
+            comparison = self.control.compare(self.model)
+            event = not_grown(self.model, GrowthPlan((), (), str(comparison)))
+            self._tell(replace(event, comparison=comparison, step=self.steps))
         self._drop_control()
 
     def _drop_control(self) -> None:
@@ -225,10 +233,6 @@ class Grower:
         self.detector.load_state_dict(state["detector"])
         self.budget.load_state_dict(state["budget"])
 
-    @property
-    def _finished(self) -> bool:
-        return self.policy.max_events is not None and self.growths >= self.policy.max_events
-
     def _due(self) -> bool:
         """Whether every rank has a probe and there is time for what comes next."""
         ready = self.fixed_probe is not None or self.collector.ready
@@ -251,14 +255,13 @@ class Grower:
         return layers, measure_geometry(self.model, probe, layers, wanted=given.max_neurons, max_bytes=given.max_bytes)
 
     def _measure(self) -> GrowthEvent:
-        probe, parameters = self._probe(), count_parameters(self.model)
-        stages = Stages(self.progress and is_first())
+        probe, stages = self._probe(), Stages(self.progress and is_first())
         try:
             with stages(TEST):
                 verdict = self.detector.test(self.model, probe, int(summed_number(self.batch_size)))
             if reason := self._stopped(verdict):
-                plan = GrowthPlan((), (), reason)
-                return GrowthEvent(plan, {}, (parameters, parameters), verdict=verdict, seconds=stages.seconds)
+                event = not_grown(self.model, GrowthPlan((), (), reason))
+                return replace(event, verdict=verdict, seconds=stages.seconds)
             with stages(GEOMETRY):
                 layers, geometry = self._geometry(probe)
             with stages("plan"):
@@ -294,5 +297,4 @@ class Grower:
                 item.begin()
             self.control = control or None
             return event
-        widths, parameters = {x.name: (x.width, x.width) for x in plan.layers}, count_parameters(self.model)
-        return GrowthEvent(plan, widths, (parameters, parameters))
+        return not_grown(self.model, plan)

@@ -121,6 +121,17 @@ def test_a_given_probe_is_used_and_sinks_hear_of_every_event():
     assert not grower.collector.batches
 
 
+def test_losses_keep_their_values_and_no_graph():
+    x, y = data()
+    net = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1))
+    grower = Grower(net, torch.optim.SGD(net.parameters(), lr=0.1), mse)
+    buffer = torch.zeros((), requires_grad=True)
+    for value in (3.0, 2.0, 1.0):  # as where a captured graph writes every loss to the same place
+        buffer.data.fill_(value)
+        grower.observe((x, y), buffer)
+    assert [(float(loss), loss.requires_grad) for loss in grower.detector.losses] == [(v, False) for v in (3, 2, 1)]
+
+
 def test_state_survives_a_round_trip():
     _, grower, _ = run(250, lambda m, o: Grower(m, o, mse, POLICY, progress=False))
     model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1))

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from splitwatch import Grower, GrowthPolicy, SplitWatch, SplitWatchError, load_grown
+from splitwatch.watch.stationarity import StationarityDetector
 
 pytestmark = pytest.mark.filterwarnings(*USUAL, "ignore:.*returned .None.*:UserWarning")
 
@@ -325,6 +326,45 @@ def test_a_batch_that_the_module_skips_is_skipped():
     assert 0 < watch.grower.steps < 40
 
 
+class Noted(Wave):
+    """Keeps its losses."""
+
+    losses: list
+
+    def training_step(self, batch, batch_idx):
+        out = super().training_step(batch, batch_idx)
+        self.losses.append(out["loss"].item())
+        return out
+
+
+class Saving(pl.Callback):
+    """Asks for the state of a run in the middle of a block of losses."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step in (33, 150, 177):
+            trainer.callbacks[0].state_dict()
+
+
+def test_every_loss_reaches_the_grower_once_and_in_order(monkeypatch):
+    seen, note = [], StationarityDetector.note
+    monkeypatch.setattr(StationarityDetector, "note", lambda self, loss: seen.append(float(loss)) or note(self, loss))
+    watch, module = SplitWatch(replace(POLICY, max_overhead=0.0), monitor_only=True), Noted()
+    module.losses = []
+    fit([watch, Saving()], module=module, steps=250)
+    assert seen == module.losses
+    assert watch.grower.steps == 250
+
+
+def test_a_subclass_goes_on_with_the_state_of_a_checkpoint(grown, tmp_path):
+    class Own(SplitWatch):
+        pass
+
+    path, watch = tmp_path / "grown.ckpt", Own(POLICY)
+    grown[1].save_checkpoint(path)
+    fit_from(path, watch)
+    assert watch.grower.steps == STEPS + 10
+
+
 def test_a_grown_checkpoint_loads_into_the_narrow_module(grown, tmp_path):
     module, trainer, _, _ = grown
     path = tmp_path / "grown.ckpt"
@@ -336,11 +376,11 @@ def test_a_grown_checkpoint_loads_into_the_narrow_module(grown, tmp_path):
     assert resumed.net[0].out_features == module.net[0].out_features
 
 
-def fit_from(path):
+def fit_from(path, watch=None):
     torch.manual_seed(0)
     module = Wave()
     trainer = pl.Trainer(
-        max_steps=STEPS + 10, max_epochs=-1, accelerator="cpu", callbacks=[SplitWatch(POLICY)], logger=False,
+        max_steps=STEPS + 10, max_epochs=-1, accelerator="cpu", callbacks=[watch or SplitWatch(POLICY)], logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(module, DataLoader(TensorDataset(*make_data()), batch_size=64), ckpt_path=path)

@@ -111,6 +111,12 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def not_grown(model: nn.Module, plan: GrowthPlan) -> GrowthEvent:
+    """The event of a plan that is not carried out."""
+    parameters = count_parameters(model)
+    return GrowthEvent(plan, {x.name: (x.width, x.width) for x in plan.layers}, (parameters, parameters))
+
+
 @contextmanager
 def widened(model: nn.Module, plan: GrowthPlan, *, offsets: bool = True) -> Iterator[None]:
     """The model widened by a plan for the duration of a block; afterwards it holds its own tensors again.

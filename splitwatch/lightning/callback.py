@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -50,10 +50,14 @@ class SplitWatch(Callback):
     accumulated batches. Lightning's own x-axis is used for everything that is logged.
     """
 
+    state_key = "SplitWatch"  # pyright: ignore[reportAssignmentType]
+    """Where its state is found in a checkpoint, also that of a subclass."""
+
     # Lightning calls and times every hook of every callback, also the empty ones, several times in a step; it passes
     # over those that are None.
     on_before_zero_grad = on_before_backward = None  # pyright: ignore[reportAssignmentType]
     on_after_backward = on_before_optimizer_step = None  # pyright: ignore[reportAssignmentType]
+    on_train_batch_start = None  # pyright: ignore[reportAssignmentType] (while there is something to do, it is _act)
 
     def __init__(
         self,
@@ -67,8 +71,7 @@ class SplitWatch(Callback):
         self.sinks, self.probe = list(sinks), probe
         self.grower: Grower | None = None
         self._saved: dict[str, Any] = {}
-        self._step = -1
-        self._convert: Callable[[Batch], Batch] = _unchanged
+        self._step, self._losses, self._enough = -1, [], 1
         self._boards: dict[int, TensorBoardSink] = {}
 
     @property
@@ -103,29 +106,51 @@ class SplitWatch(Callback):
             progress=trainer.progress_bar_callback is not None,
             training_loss=_training_loss(trainer),
         )
-        self._convert = trainer.precision_plugin.convert_input
         self._continue(trainer)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count steps from here, where no gradients are accumulated yet."""
+        self._hand_over()
+        self._step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Take note of a step, unless gradients are still being accumulated."""
-        step = trainer.global_step
-        if self.grower is None or step == self._step:
-            return
-        self._step = step
-        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        if loss is None and self.grower.steps:
-            return  # a batch the module chose to skip
-        if loss is None:
-            raise SplitWatchError("training_step: required a returned loss to watch, found None; return the loss")
-        self.grower.observe(self._convert(batch), loss)
+        """Keep the loss of a step; most steps cost no more."""
+        self._losses.append(outputs.get("loss") if outputs else None)
+        if len(self._losses) >= self._enough:
+            self._look(trainer, pl_module, batch)
 
-    @property
-    def on_train_batch_start(self) -> Callable[..., None] | None:
-        """What is done before a step; None on most, where no measurement is due."""
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let the grower know of the last steps."""
+        self._hand_over()
+
+    def _look(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch) -> None:
+        """Take note of all steps so far and look at the last, unless gradients are still being accumulated."""
+        single = not module.automatic_optimization or trainer.accumulate_grad_batches > 1
+        if self.grower is None or (single and trainer.global_step == self._step):
+            self._losses.clear()
+            return
+        self._step, loss = trainer.global_step, self._losses[-1]
+        if self._hand_over():
+            self.grower.look(batch, loss)
+        elif loss is None and not self.grower.steps:
+            raise SplitWatchError("training_step: required a returned loss to watch, found None; return the loss")
+        self._enough = 1 if single else self.grower.patience
+        self._arm()
+
+    def _hand_over(self) -> bool:
+        """Give the losses kept to the grower; returns whether the last one's batch is to be looked at."""
+        due, losses = False, self._losses
+        self._losses, self._enough = [], 1
+        for loss in losses:  # a module may choose to skip a batch: then it is None
+            due = self.grower is not None and loss is not None and self.grower.note(loss)
+        return due
+
+    def _arm(self) -> None:
+        """Have Lightning call a hook before the next step, if there is anything to do in it."""
         due = self.grower is not None and (self.grower.pending or self._saved)
-        return self._act if due else None
+        self.on_train_batch_start: Any = self._act if due else None
 
     def _act(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int) -> None:
         """Measure and grow before the step begins."""
@@ -134,6 +159,8 @@ class SplitWatch(Callback):
         if self.grower is None or batch_idx % trainer.accumulate_grad_batches:
             return
         event = self.grower.act()
+        self._enough = 1
+        self._arm()
         if event is not None and event.grown:
             grow_along(trainer, event.plan)
             follow_growth(trainer)
@@ -145,6 +172,8 @@ class SplitWatch(Callback):
             own = owned[trainer.global_rank] if len(owned) == trainer.world_size else {}
             self.grower.load_state_dict(self._saved | own)
         self._saved, self._step = {}, trainer.global_step
+        self._losses, self._enough = [], 1
+        self._arm()
 
     def state_dict(self) -> dict[str, Any]:
         """The grower's state, in builtins, with what each process has of its own; called on all, as Lightning does.
@@ -153,6 +182,7 @@ class SplitWatch(Callback):
         """
         if self.grower is None:
             return {}
+        self._hand_over()
         state = {**self.grower.state_dict(), KEY: recall(self.grower.model) or {}}
         if rank_count() == 1:
             return state
@@ -161,6 +191,7 @@ class SplitWatch(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until training starts, or goes on."""
         self._saved = state_dict
+        self._arm()
 
     def _log(self, trainer: pl.Trainer, event: GrowthEvent) -> None:
         """Scalars to other callbacks and every logger, figures and texts to loggers that can show them."""
@@ -175,11 +206,6 @@ class SplitWatch(Callback):
             if writer is not None:
                 board = self._boards.setdefault(id(logger), TensorBoardSink(writer, scalars=False))
                 board(event, step)
-
-
-def _unchanged(batch: Batch) -> Batch:
-    """A batch as it is; a function with a name, so that a callback can be sent to spawned processes."""
-    return batch
 
 
 def training_step_loss(module: nn.Module, batch: Batch) -> Tensor:

@@ -57,19 +57,24 @@ class StationarityDetector:
         self.losses: list[Tensor | float] = []
         self.means: list[float] = []  # of the last blocks
         self.range = (math.inf, -math.inf)  # of all block means
-        self.patience = 1  # blocks that are judged together
+        self.patience = self.block  # steps that are judged together
 
     def update(self, loss: Tensor | float) -> StationarityVerdict | None:
         """Take one training loss; a verdict ("moving", "suspected" or "undecided") at the end of every block."""
-        return self.judge() if self.note(loss) else None
+        return self.judge() if self.note(as_now(loss)) else None
 
     def note(self, loss: Tensor | float) -> bool:
-        """Keep one training loss, all that most steps cost; returns whether ``patience`` blocks are to be judged."""
-        if isinstance(loss, Tensor):  # a loss on a device is fetched with the others of its block, without waiting
-            loss = loss.item() if loss.is_cpu else loss.detach()
-        losses = self.losses
-        losses.append(loss)
-        return len(losses) >= self.block * self.patience
+        """Keep one training loss (``as_now``), all that most steps cost; returns whether it is time to judge them.
+
+        A tensor's number is fetched with the others of its block: later, and on a device without waiting.
+        """
+        self.losses.append(loss)
+        return self.complete
+
+    @property
+    def complete(self) -> bool:
+        """Whether ``patience`` steps are to be judged."""
+        return len(self.losses) >= self.patience
 
     def judge(self) -> StationarityVerdict | None:
         """The verdict at the end of the last complete block, once there are enough of them."""
@@ -138,12 +143,16 @@ class StationarityDetector:
         self.losses, self.means, self.range = list(state["losses"]), list(state["means"]), tuple(state["range"])
 
 
+def as_now(loss: Tensor | float) -> Tensor | float:
+    """A loss that keeps its value, where the next step writes into the same memory, and nothing of its graph."""
+    return loss.detach().clone() if isinstance(loss, Tensor) else loss
+
+
 def _numbers(losses: Sequence[Tensor | float]) -> list[float]:
     """The losses as numbers; those on a device are fetched together."""
-    tensors = [loss.reshape(()) for loss in losses if isinstance(loss, Tensor)]
-    if not tensors:
-        return [float(loss) for loss in losses]
-    fetched = iter(torch.stack(tensors).tolist())
+    if not losses or not isinstance(losses[-1], Tensor) or losses[-1].is_cpu:
+        return [loss.item() if isinstance(loss, Tensor) else float(loss) for loss in losses]
+    fetched = iter(torch.stack([loss.reshape(()) for loss in losses if isinstance(loss, Tensor)]).tolist())
     return [next(fetched) if isinstance(loss, Tensor) else float(loss) for loss in losses]
 
 
