@@ -101,6 +101,29 @@ def test_the_function_is_the_same_at_zero_offset(name, dtype):
         assert found == {name: after for name, (_, after) in event.widths.items()}
 
 
+def cancelling(error=1e-4):
+    """A float32 network whose outputs are small differences of large terms, and a split of all its neurons."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 1))
+    with torch.no_grad():
+        for twins in (model[0].weight, model[0].bias):
+            twins[32:] = twins[:32]
+        model[2].weight[:, :32] *= 1000
+        model[2].weight[:, 32:] = model[2].weight[:, :32] * -(1 + error)
+    x = torch.randn(2, 64, 2)
+    probe = Probe([(part, part[:, :1]) for part in x], mse)
+    offsets = torch.zeros(3, 3), torch.zeros(3, 1)
+    moves = [Split("0", r, (0.3, 0.3, 0.4), *offsets, 0.0) for r in range(64)]
+    return model, probe, GrowthPlan(growable(model, probe), tuple(moves), "")
+
+
+def test_rounding_that_cancellation_magnifies_is_no_drift_to_refuse():
+    model, probe, plan = cancelling()
+    event = grow(model, plan, probe=probe)
+    assert event.grown
+    assert 1e-5 < event.drift < 1e-3
+
+
 @pytest.mark.parametrize("name", ZOO)
 def test_layers_may_be_widened_one_after_the_other_and_again(name):
     model, probe = ZOO[name].make(samples=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, replace
 from math import inf, isfinite
@@ -16,13 +17,14 @@ from splitwatch.growth.cost import duplicate, limits, size_with
 from splitwatch.growth.grow import widened
 from splitwatch.growth.mixture import counted, holds_sprouts
 from splitwatch.growth.policy import GrowthPolicy
-from splitwatch.growth.promise import promises
-from splitwatch.growth.pursuit import Seedlings, lowest, pursue
+from splitwatch.growth.promise import Promise, promises
+from splitwatch.growth.pursuit import lowest, pursue
+from splitwatch.growth.refine import halves, refined
 from splitwatch.growth.rounds import whole_rounds
 from splitwatch.growth.search import OFFSETS, confirmed_plan, no_room, searched, stretch
 from splitwatch.growth.splits import best_splits
 from splitwatch.probe import Probe
-from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, Split
+from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, Split, Sprout
 
 PARTS = (0.25, 0.1, 0.0)
 """Parts of the solved outgoing weights that the held-out half chooses from.
@@ -44,7 +46,8 @@ def plan_even(
 ) -> GrowthPlan:
     """New neurons by residual pursuit in every layer, with a part of their outgoing weights, which may be none.
 
-    Layers that cannot hold them split their neurons along the escape direction; where that does not pay on the
+    Of the places that the held-out half confirms no new neuron for, half go to finite splits, where these pay. Layers
+    that cannot hold new neurons split their neurons along the escape direction; where that does not pay on the
     held-out half, copies part by the smallest offset. ``geometry`` is measured for these where it is missing.
     """
     counts, ratio = _counts(model, probe, policy, layers)
@@ -58,7 +61,12 @@ def plan_even(
     splits = [move for layer in layers if layer not in able for move in _splits(model, layer, geometry, probe, counts)]
     parted = _parted(model, GrowthPlan(layers, tuple(splits), ""), probe)
     told = f"every layer by the ratio {ratio:g}: "
-    plan = _stepped(model, parted, found, probe)
+    promised = promises(model, layers, [move for part in found for move in part.sprouts()], probe)
+    fine = [move for layer in able for move in _halves(model, layer, promised, probe, counts, policy.max_bytes)]
+    plan = refined(model, parted, fine, probe)
+    filled = Counter(move.layer for move in plan.moves[len(parted.moves) :])
+    silent = [move for part in found for move in part.silent()]
+    plan = _stepped(model, plan, *_beside(filled, promised, silent), probe)
     return replace(plan, reason=told + "; ".join(part for part in (counted(plan), plan.reason) if part))
 
 
@@ -75,13 +83,40 @@ def _parted(model: nn.Module, splits: GrowthPlan, probe: Probe) -> GrowthPlan:
     return replace(found, moves=least, offset=OFFSETS[0], predicted_decrease=predicted, reason=why)
 
 
-def _stepped(model: nn.Module, plan: GrowthPlan, found: Sequence[Seedlings], probe: Probe) -> GrowthPlan:
+def _halves(
+    model: nn.Module,
+    layer: HiddenLayer,
+    promised: Sequence[Promise],
+    probe: Probe,
+    counts: Mapping[str, int],
+    max_bytes: int,
+) -> list[Split]:
+    """Splits for half of the places of a layer that no new neuron is confirmed for."""
+    confirmed = sum(one.kept for one in promised if one.sprout.layer == layer.name)
+    return halves(model, layer, probe, min(layer.width, (counts[layer.name] - confirmed) // 2), max_bytes)
+
+
+def _beside(
+    filled: Mapping[str, int], promised: Sequence[Promise], silent: Sequence[Sprout]
+) -> tuple[list[Promise], tuple[Sprout, ...]]:
+    """The new neurons that stay where splits have filled places: the silent ones go first, then unconfirmed ones."""
+    left, stay, rest = Counter(filled), [], []
+    for move in reversed(silent):
+        rest += [] if left[move.layer] > 0 else [move]
+        left[move.layer] -= 1
+    for one in reversed(promised):
+        goes = not one.kept and left[one.sprout.layer] > 0
+        left[one.sprout.layer] -= goes
+        stay += [] if goes else [one]
+    return stay[::-1], tuple(rest[::-1])
+
+
+def _stepped(
+    model: nn.Module, plan: GrowthPlan, promised: Sequence[Promise], rest: Sequence[Sprout], probe: Probe
+) -> GrowthPlan:
     """A plan with new neurons added at the part of their outgoing weights that is best on the held-out half."""
-    raw = [move for part in found for move in part.sprouts()]
-    promised = promises(model, plan.layers, raw, probe)
     step = lowest(model, plan.layers, [one.sprout for one in promised if one.kept], probe)
     promised = [one.scaled(step) for one in promised] if step else promised
-    rest = tuple(move for part in found for move in part.silent())
 
     def at(part: float) -> GrowthPlan:
         return replace(plan, moves=(*plan.moves, *(one.at(part) for one in promised), *rest), step=part)
@@ -97,7 +132,11 @@ def _stepped(model: nn.Module, plan: GrowthPlan, found: Sequence[Seedlings], pro
 
     losses = {part: after(part) for part in (PARTS if step else (0.0,))}
     best = min(losses, key=lambda part: losses[part])
-    silent = "" if best or not found else "new neurons have no outgoing weights yet: none pay on the held-out half"
+    silent = (
+        ""
+        if best or not (promised or rest)
+        else "new neurons have no outgoing weights yet: none pay on the held-out half"
+    )
     chosen = replace(
         at(best),
         reason="; ".join(part for part in (plan.reason, silent) if part),

@@ -1,0 +1,95 @@
+"""Finite splits beside new neurons: halves of the neurons whose inner Hessian curves down most.
+
+Residual pursuit adds features that a layer lacks, halves refine those it has: two copies of a neuron at ±ε|w| along the
+lowest curvature, λ < 0. Which neurons, and along what, is seen well enough on a few batches, since the held-out half
+has the last word on all of them together and says how far they part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
+from math import inf, isfinite
+
+import torch
+from torch import Tensor, nn
+
+from splitwatch.geometry.curvature import LayerCurvature
+from splitwatch.geometry.eigen import extreme_eigenpairs
+from splitwatch.geometry.measure import EQUAL, InnerHessian
+from splitwatch.geometry.sweep import Sweep
+from splitwatch.geometry.weights import neuron_weights
+from splitwatch.growth.grow import widened
+from splitwatch.growth.search import stretch
+from splitwatch.precision import full_precision
+from splitwatch.probe import Probe, paired_error
+from splitwatch.ranks import share_of, summed_number
+from splitwatch.records import GrowthPlan, HiddenLayer, Split
+
+BATCHES, TOLERANCE = 2, 0.1
+"""What the curvature is seen on, and how well it is solved for; all batches and 1 % gained nothing."""
+
+REACHES = (0.03, 0.1, 0.3)
+"""How far copies may part, relative to the norm of the incoming weights."""
+
+SURE = 2.0
+"""Standard errors that the decrease has to be above zero."""
+
+
+def halves(model: nn.Module, layer: HiddenLayer, probe: Probe, count: int, max_bytes: int) -> list[Split]:
+    """At most so many splits at offset 1, |w|, best first; none of neurons whose loss does not curve down.
+
+    Args:
+        model: the network, left as it was.
+        layer: one of its hidden layers.
+        probe: a few batches of its fitted half are seen.
+        count: of splits, one for a neuron.
+        max_bytes: what may be kept in memory.
+    """
+    if not count:
+        return []
+    with full_precision():
+        batches = Sweep(model, probe, [layer], "fitted", max_bytes).batches()
+        parts = [batch[layer.name] for batch in islice(batches, BATCHES)]
+        seen = LayerCurvature.of(layer, parts, 1 / summed_number(sum(part.trace.share for part in parts)))
+        if bool(seen.proven()[:, 0].all()):  # as next to piecewise linear activations
+            return []
+        size = {"m": layer.width, "n": seen.d, "dtype": seen.outgoing.dtype, "device": seen.outgoing.device}
+        found = extreme_eigenpairs(InnerHessian(seen), **size, ends="min", tolerance=TOLERANCE, max_bytes=max_bytes)
+    w, v = neuron_weights(model, layer)
+    offset = (w.norm(dim=1, keepdim=True) * found.min_vector.to(w)).cpu()
+    falls = (-0.5 * found.min_value.to(w) * w.square().sum(1)).cpu()
+    best = [r for r in falls.argsort(descending=True, stable=True).tolist() if falls[r] > 0][:count]
+    still = torch.zeros(2, v.shape[1], dtype=v.dtype)
+    return [Split(layer.name, r, EQUAL, torch.stack([offset[r], -offset[r]]), still, float(falls[r])) for r in best]
+
+
+def refined(model: nn.Module, plan: GrowthPlan, splits: Sequence[Split], probe: Probe) -> GrowthPlan:
+    """A plan with splits added at the reach that is best on the held-out half; without them where none surely pays.
+
+    What they bring there together is shared out as second order says.
+    """
+    if not splits:
+        return plan
+
+    def at(reach: float) -> GrowthPlan:
+        return replace(plan, moves=(*plan.moves, *(stretch(move, reach) for move in splits)))
+
+    def losses(plan: GrowthPlan) -> tuple[Tensor, Tensor]:
+        with widened(model, plan):
+            return probe.losses(model, "held_out", finite=False)
+
+    before, weights = losses(plan)
+    weights = weights * share_of(probe.samples("held_out"))
+    gains = {reach: before - losses(at(reach))[0] for reach in REACHES}
+    means = {reach: summed_number(float(weights @ gain)) for reach, gain in gains.items()}
+    best = max(means, key=lambda reach: means[reach] if isfinite(means[reach]) else -inf)
+    if not means[best] > SURE * paired_error(gains[best], weights):
+        return plan
+    told = f"held-out decrease of {len(splits)} halves at {best:g} of their weights' norm {means[best]:.2e}"
+    share = means[best] / sum(move.predicted_decrease for move in splits)
+    parted = [
+        replace(stretch(move, best), predicted_decrease=move.predicted_decrease * share, reason=told) for move in splits
+    ]
+    return replace(plan, moves=(*plan.moves, *parted), offset=best)
