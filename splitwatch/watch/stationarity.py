@@ -68,8 +68,9 @@ class StationarityDetector:
 
         A tensor's number is fetched with the others of its block: later, and on a device without waiting.
         """
-        self.losses.append(loss)
-        return self.complete
+        losses = self.losses
+        losses.append(loss)
+        return len(losses) >= self.patience
 
     @property
     def complete(self) -> bool:
@@ -145,7 +146,9 @@ class StationarityDetector:
 
 def as_now(loss: Tensor | float) -> Tensor | float:
     """A loss that keeps its value, where the next step writes into the same memory, and nothing of its graph."""
-    return loss.detach().clone() if isinstance(loss, Tensor) else loss
+    if not isinstance(loss, Tensor):
+        return loss
+    return loss.item() if loss.is_cpu else loss.detach().clone()
 
 
 def _numbers(losses: Sequence[Tensor | float]) -> list[float]:
