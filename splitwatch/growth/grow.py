@@ -163,9 +163,10 @@ def _drift(model: nn.Module, plan: GrowthPlan, probe: Probe, precision: torch.dt
     pairs = zip(consumers, after, before, strict=True)
     drift = max((_relative(_at(a, kept.get(name)), b) for name, a, b in pairs), default=0.0)
     drift = largest_over_ranks(drift if isfinite(drift) else inf)  # every rank goes on, or none
-    bound = max(_DRIFT_BOUNDS[dtype] for dtype in (precision, before[0].dtype)) * _amplification(plan)
+    amplification = _amplification(plan)
+    bound = max(_DRIFT_BOUNDS[dtype] for dtype in (precision, before[0].dtype)) * amplification
     if isfinite(drift) and drift > bound:
-        bound = max(bound, SLACK * _amplification(plan) * _rounding(model, consumers, probe, before))
+        bound = max(bound, SLACK * amplification * _rounding(model, consumers, probe, before))
     if not drift <= bound:
         raise SplitWatchError(
             f"plan: required outputs that change by at most {bound:g} (relative) at zero offset, found {drift:.2e} in "

@@ -10,12 +10,10 @@ from math import inf, isfinite, isnan
 from torch import Tensor, nn
 
 from splitwatch.growth.cost import fitting
-from splitwatch.growth.grow import widened
 from splitwatch.growth.policy import GrowthPolicy
 from splitwatch.growth.pursuit import Seedlings, proposals, pursue, sized
-from splitwatch.growth.search import NO_ROOM, rejected, searched, within_budget
+from splitwatch.growth.search import NO_ROOM, held_out_gains, rejected, searched, within_budget
 from splitwatch.probe import Probe, paired_error
-from splitwatch.ranks import share_of, summed_number
 from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, Move, Split, Sprout
 
 
@@ -101,12 +99,7 @@ def solved(model: nn.Module, chosen: Sequence[Seedlings], probe: Probe) -> tuple
 
 def _chosen(model: nn.Module, plans: Mapping[str, GrowthPlan], probe: Probe) -> GrowthPlan:
     """The plan that decreases the held-out loss most."""
-    start, weights = probe.losses(model, "held_out")
-    weights, gains = weights * share_of(probe.samples("held_out")), {}
-    for name, plan in plans.items():
-        with widened(model, plan):
-            gains[name] = start - probe.losses(model, "held_out", finite=False)[0]
-    means = {name: summed_number(float(weights @ gain)) for name, gain in gains.items()}
+    means, gains, weights = held_out_gains(model, plans, probe, GrowthPlan((), (), ""))
     means = {name: mean if plans[name].fitted_decrease > 0 else 0.0 for name, mean in means.items()}
     best = max(means, key=lambda name: means[name] if isfinite(means[name]) else -inf)
     plan = plans[best]

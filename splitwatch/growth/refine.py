@@ -13,18 +13,17 @@ from itertools import islice
 from math import inf, isfinite
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from splitwatch.geometry.curvature import LayerCurvature
 from splitwatch.geometry.eigen import extreme_eigenpairs
 from splitwatch.geometry.measure import EQUAL, InnerHessian
 from splitwatch.geometry.sweep import Sweep
 from splitwatch.geometry.weights import neuron_weights
-from splitwatch.growth.grow import widened
-from splitwatch.growth.search import stretch
+from splitwatch.growth.search import held_out_gains, stretch
 from splitwatch.precision import full_precision
 from splitwatch.probe import Probe, paired_error
-from splitwatch.ranks import share_of, summed_number
+from splitwatch.ranks import summed_number
 from splitwatch.records import GrowthPlan, HiddenLayer, Split
 
 BATCHES, TOLERANCE = 2, 0.1
@@ -72,18 +71,8 @@ def refined(model: nn.Module, plan: GrowthPlan, splits: Sequence[Split], probe: 
     """
     if not splits:
         return plan
-
-    def at(reach: float) -> GrowthPlan:
-        return replace(plan, moves=(*plan.moves, *(stretch(move, reach) for move in splits)))
-
-    def losses(plan: GrowthPlan) -> tuple[Tensor, Tensor]:
-        with widened(model, plan):
-            return probe.losses(model, "held_out", finite=False)
-
-    before, weights = losses(plan)
-    weights = weights * share_of(probe.samples("held_out"))
-    gains = {reach: before - losses(at(reach))[0] for reach in REACHES}
-    means = {reach: summed_number(float(weights @ gain)) for reach, gain in gains.items()}
+    plans = {r: replace(plan, moves=(*plan.moves, *(stretch(move, r) for move in splits))) for r in REACHES}
+    means, gains, weights = held_out_gains(model, plans, probe, plan)
     best = max(means, key=lambda reach: means[reach] if isfinite(means[reach]) else -inf)
     if not means[best] > SURE * paired_error(gains[best], weights):
         return plan

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf, isfinite
+from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from splitwatch.growth.cost import fitting, limits, prices, size
 from splitwatch.growth.grow import widened
 from splitwatch.growth.policy import GrowthPolicy
 from splitwatch.growth.rounds import rounds
 from splitwatch.probe import Probe
+from splitwatch.ranks import share_of, summed_number
 from splitwatch.records import GrowthPlan, HiddenLayer, Move, Split, Sprout
+
+Name = TypeVar("Name", bound=Hashable)
 
 OFFSETS = tuple(2.0**power for power in range(-9, 2))
 """Offsets of splits tried in the line search, relative to the norm of a neuron's weights."""
@@ -134,6 +138,19 @@ def confirmed_plan(model: nn.Module, plan: GrowthPlan, probe: Probe) -> GrowthPl
             plan, "growth would not help here: the decrease on the fitted half does not survive on the held-out half"
         )
     return replace(plan, held_out_decrease=held_out)
+
+
+def held_out_gains(
+    model: nn.Module, plans: Mapping[Name, GrowthPlan], probe: Probe, beside: GrowthPlan
+) -> tuple[dict[Name, float], dict[Name, Tensor], Tensor]:
+    """What plans decrease the held-out loss by beyond another one: over all ranks, of parts (parts,), their weights."""
+    with widened(model, beside):
+        start, shares = probe.losses(model, "held_out", finite=not beside.moves)
+    weights, gains = shares * share_of(probe.samples("held_out")), {}
+    for name, plan in plans.items():
+        with widened(model, plan):
+            gains[name] = start - probe.losses(model, "held_out", finite=False)[0]
+    return {name: summed_number(float(weights @ gain)) for name, gain in gains.items()}, gains, weights
 
 
 def weighed(model: nn.Module, plan: GrowthPlan, probe: Probe) -> GrowthPlan:

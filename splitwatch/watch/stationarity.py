@@ -68,9 +68,8 @@ class StationarityDetector:
 
         A tensor's number is fetched with the others of its block: later, and on a device without waiting.
         """
-        losses = self.losses
-        losses.append(loss)
-        return len(losses) >= self.patience
+        self.losses.append(loss)
+        return self.complete
 
     @property
     def complete(self) -> bool:
