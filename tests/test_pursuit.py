@@ -1,6 +1,5 @@
 """Sprouts: what is measured of possible neurons, how they are chosen, what plans of them do."""
 
-import itertools
 from dataclasses import replace
 
 import pytest
@@ -353,9 +352,9 @@ def test_half_and_half_grows_with_optimizer_state_and_trains_on(make, monkeypatc
 
 def test_a_failure_in_the_middle_leaves_the_model_as_it_was(monkeypatch):
     model, optimizer, probe, _ = deep()
-    geometry, before, calls = measure_geometry(model, probe), picture(model, [optimizer]), itertools.count()
+    geometry, before = measure_geometry(model, probe), picture(model, [optimizer])
 
-    def failing(*arguments):
+    def failing(*arguments, **options):
         raise KeyError
 
     for place in ((Probe, "traces"), (pursuit, "ascend"), (pursuit.LossCurvature, "product"), (Probe, "losses")):
@@ -363,8 +362,6 @@ def test_a_failure_in_the_middle_leaves_the_model_as_it_was(monkeypatch):
             patch.setattr(*place, failing)
             plan_growth(model, geometry, probe, GrowthPolicy(moves="mixed"))
         assert_untouched(before, model, [optimizer])
-        next(calls)
-    assert next(calls) == 4
 
 
 def test_a_grower_mixes_moves_where_it_is_told_to():
