@@ -12,10 +12,10 @@ from zoo import SINGLY, ZOO, mse
 from splitwatch import GrowthPolicy, Probe, plan_growth
 from splitwatch.growth.grow import widened
 from splitwatch.growth.mixture import holds_sprouts
-from splitwatch.growth.promise import FALSE, Promise, _discovered, promises
+from splitwatch.growth.promise import FALSE, Promise, _discovered, apart, promises
 from splitwatch.growth.search import scale
 from splitwatch.probe import mean_with_error
-from splitwatch.records import GrowthPlan, Sprout
+from splitwatch.records import Consumer, GrowthPlan, HiddenLayer, Sprout
 
 
 def ragged(probe):
@@ -53,6 +53,28 @@ def test_a_promise_is_the_slope_of_the_held_out_loss(name):
 
             h = 1e-5
             assert one.slope == pytest.approx((loss(h) - loss(-h)) / (2 * h), rel=1e-5, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", SINGLY)
+def test_promises_are_the_same_for_all_layers_at_once(name):
+    model, probe = ZOO[name].make(samples=10)
+    layers = list(filter(holds_sprouts, growable(model, probe)))
+    moves = [random_sprout(model, layer, probe, seed) for layer in layers for seed in (0, 1)]
+    together = promises(model, layers, moves, probe)
+    assert [one.sprout for one in together] == moves
+    for layer in layers:
+        mine = [move for move in moves if move.layer == layer.name]
+        for alone in promises(model, [layer], mine, probe):
+            one = next(one for one in together if one.sprout is alone.sprout)
+            assert one.slope == pytest.approx(alone.slope, rel=1e-9)
+            assert one.error == pytest.approx(alone.error, rel=1e-9, nan_ok=True)
+
+
+def test_layers_that_share_a_module_are_not_asked_together():
+    chain = [HiddenLayer(str(i), 4, (str(i),), (Consumer(str(i + 1), 0, 1),)) for i in range(5)]
+    beside = HiddenLayer("5", 4, ("5",), (Consumer("6", 0, 1),))
+    named = [[layer.name for layer in group] for group in apart([*chain, beside])]
+    assert named == [["0", "2", "4"], ["1", "3", "5"]]
 
 
 def test_the_error_is_that_of_the_parts_by_their_samples():

@@ -7,7 +7,7 @@ sampling, from the parabola on the fitted half, where −2f is the slope.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isnan
 
@@ -69,11 +69,11 @@ def promises(model: nn.Module, layers: Sequence[HiddenLayer], sprouts: Sequence[
         sprouts: with outgoing weights, up to a scale, and half of what they fall by at first order on the fitted half.
         probe: measured on its held-out half.
     """
-    found: list[Promise] = []
-    for layer in layers:
-        if mine := [move for move in sprouts if move.layer == layer.name]:
-            items = zip(mine, *_slopes(model, layer, mine, probe), strict=True)
-            found += [Promise(move, float(slope), float(error), False) for move, slope, error in items]
+    mine = {layer: [move for move in sprouts if move.layer == layer.name] for layer in layers}
+    mine = {layer: moves for layer, moves in mine.items() if moves}
+    found = [one for group in apart([*mine]) for one in _asked(model, {x: mine[x] for x in group}, probe)]
+    places = {layer.name: i for i, layer in enumerate(mine)}
+    found.sort(key=lambda one: places[one.sprout.layer])
     with np.errstate(divide="ignore", invalid="ignore"):
         t = np.divide([one.slope for one in found], [one.error for one in found])
     kept = _discovered(stdtr(PARTS - 1, t).tolist())  # nan of a single part is never below a bar
@@ -88,19 +88,32 @@ def _discovered(chances: Sequence[float]) -> list[bool]:
     return [p <= bar for p in chances]
 
 
-def _slopes(model: nn.Module, layer: HiddenLayer, sprouts: Sequence[Sprout], probe: Probe) -> tuple[Tensor, Tensor]:
-    """Slopes of the held-out loss along the sprouts' changes, and their standard errors, both (n,)."""
-    silent = GrowthPlan((layer,), tuple(scale(move, 0.0) for move in sprouts), "")
-    wide, pieces = replace(layer, width=layer.width + len(sprouts)), -(-PARTS // len(probe.held_out))
+def apart(layers: Sequence[HiddenLayer]) -> list[list[HiddenLayer]]:
+    """Layers in groups within which no module belongs to two of them: a group is widened and looked at in one pass."""
+    groups: list[tuple[list[HiddenLayer], set[str]]] = []
+    for layer in layers:
+        modules = {*layer.producers, *(consumer.name for consumer in layer.consumers)}
+        group, taken = next((x for x in groups if not x[1] & modules), ([], set()))
+        if not group:
+            groups.append((group, taken))
+        group.append(layer)
+        taken |= modules
+    return [group for group, _ in groups]
+
+
+def _asked(model: nn.Module, sprouts: Mapping[HiddenLayer, Sequence[Sprout]], probe: Probe) -> list[Promise]:
+    """Slopes of the held-out loss along the sprouts' changes, with their standard errors."""
+    moves = [move for some in sprouts.values() for move in some]
+    silent = GrowthPlan(tuple(sprouts), tuple(scale(move, 0.0) for move in moves), "")
+    wide = [replace(layer, width=layer.width + len(some)) for layer, some in sprouts.items()]
     values, weights = [], []
     with widened(model, silent):
-        for traces in probe.traces(model, [wide], "held_out", pieces):
-            trace = traces[layer.name]
-            values.append(_along(trace, layer.width, sprouts))
-            weights.append(trace.share)
-    share = share_of(probe.samples("held_out"))
-    found = torch.stack(values)
-    return mean_with_error(found, found.new_tensor(weights) * share)
+        for traces in probe.traces(model, wide, "held_out", -(-PARTS // len(probe.held_out))):
+            values.append(torch.cat([_along(traces[x.name], x.width, some) for x, some in sprouts.items()]))
+            weights.append(next(iter(traces.values())).share)
+    slopes = torch.stack(values)
+    found = mean_with_error(slopes, slopes.new_tensor(weights) * share_of(probe.samples("held_out")))
+    return [Promise(move, float(slope), float(error), False) for move, slope, error in zip(moves, *found, strict=True)]
 
 
 def _along(trace: LayerTrace, width: int, sprouts: Sequence[Sprout]) -> Tensor:
