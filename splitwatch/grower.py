@@ -10,9 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from splitwatch.batches import Batch, batch_size
-from splitwatch.budget import GEOMETRY, TEST, Budget, Stages
-from splitwatch.collect import ProbeCollector
+from splitwatch.batches import Batch
+from splitwatch.budget import GEOMETRY, TEST, Stages
 from splitwatch.control import Control, control_for
 from splitwatch.diagnosis import diagnosis
 from splitwatch.events import GrowthEvent, light, packed, unpacked
@@ -21,15 +20,16 @@ from splitwatch.growth.grow import grow, not_grown
 from splitwatch.growth.optimizer import coupled_weight_decay
 from splitwatch.growth.outcomes import outcomes
 from splitwatch.growth.plan import plan_growth
-from splitwatch.growth.policy import GrowthPolicy, imported
+from splitwatch.growth.policy import GrowthPolicy
 from splitwatch.growth.replicas import bare, bare_optimizers, follow
 from splitwatch.growth.shards import check_shards, whole
 from splitwatch.layers import find_hidden_layers, select_layers
 from splitwatch.probe import LossFunction, Probe
-from splitwatch.ranks import everywhere, is_first, rank_count, summed_number
-from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, SplitWatchError, StationarityVerdict
+from splitwatch.ranks import is_first
+from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry
 from splitwatch.rewarm import Rewarm
-from splitwatch.watch.stationarity import BLOCKS, StationarityDetector, as_now
+from splitwatch.watch.stationarity import as_now
+from splitwatch.watcher import Watcher
 
 Sink = Callable[[GrowthEvent], object]
 
@@ -76,18 +76,12 @@ class Grower:
     ) -> None:
         self.model, self.replica = bare(model)
         self.optimizers = bare_optimizers(optimizer)
-        self.loss_fn, self.policy = loss_fn, (given := policy or GrowthPolicy())
+        self.policy = policy or GrowthPolicy()
         self.monitor_only, self.sinks, self.progress = monitor_only, list(sinks), progress
-        check_shards(self.model, grows=not monitor_only, control=bool(given.control))
-        own = None if given.detector is None else imported("detector", given.detector)
-        self.detector = StationarityDetector(given.window, given.tolerance, given.noise_ratio, own)
-        self.collector = ProbeCollector(-(-self.policy.probe_samples // rank_count()))
-        self.fixed_probe = probe
-        self.verdict: StationarityVerdict | None = None
+        check_shards(self.model, grows=not monitor_only, control=bool(self.policy.control))
+        self.watcher = Watcher(self.policy, loss_fn, probe, growing=not monitor_only)
         self.events: list[GrowthEvent] = []
-        self.steps = self.growths = self.batch_size = 0
-        self.budget = Budget(self.policy.max_overhead, growing=not monitor_only)
-        self.pending = False
+        self.growths = 0
         self.training_loss = training_loss or loss_fn
         self.control: Control | None = None
         self.rewarm = [Rewarm(o, self.policy.rewarm) for o in self.optimizers if self.policy.rewarm]
@@ -113,45 +107,38 @@ class Grower:
 
     def note(self, loss: Tensor | float) -> bool:
         """Count a step and keep its loss, all that most steps cost; returns whether its batch is to be looked at."""
-        self.steps += 1
-        return self.detector.note(loss) or self._follows
+        return self.watcher.note(loss) or self.control is not None
 
     @property
     def patience(self) -> int:
         """Steps to the next one whose batch is to be looked at."""
-        return 1 if self._follows else self.detector.patience - len(self.detector.losses)
+        return 1 if self.control is not None else self.watcher.patience
 
     @property
-    def _follows(self) -> bool:
-        """Whether every batch is wanted."""
-        collecting = self.fixed_probe is None and not self.collector.ready
-        return collecting or self.control is not None or not self.batch_size
+    def steps(self) -> int:
+        """Training steps so far."""
+        return self.watcher.steps
+
+    @property
+    def pending(self) -> bool:
+        """Whether a measurement is due."""
+        return self.watcher.pending
 
     def look(self, batch: Batch, loss: Tensor | float) -> None:
-        """Do what is to be done with a step's batch; between two looks one clock runs, that of training."""
-        self.budget.enter()
-        if self.fixed_probe is None:
-            self.collector.add(batch)
-        self.batch_size = max(self.batch_size, batch_size(batch))
-        if self.detector.complete and (verdict := self.detector.judge()):
-            self.verdict = verdict
-            limit = self.policy.max_events
-            suspected = verdict.kind == "suspected" and (limit is None or self.growths < limit)
-            self.pending = suspected and self._due()
-            if suspected and self.budget.share is not None:  # while it has to wait anyway, it looks once a window
-                self.detector.patience = self.detector.block * (1 if self.pending else BLOCKS)
-        self.budget.leave()
+        """Do what is to be done with the batch of the last step."""
+        limit = self.policy.max_events
+        self.watcher.look(batch, wanted=limit is None or self.growths < limit)
         if self.control is not None:
             self._follow(self.control, batch, loss)
 
     def _follow(self, control: Control, batch: Batch, loss: Tensor | float) -> None:
         """Let the copy that did not grow make its step too, which counts neither as training nor as monitoring."""
-        self.budget.enter()
+        self.watcher.budget.enter()
         if not control.follow(batch, loss):
             self._drop_control()
         elif control.done:
             self._compare()
-        self.budget.leave(charged=False)
+        self.watcher.budget.leave(charged=False)
 
     def _compare(self) -> None:
         """End the control with an event that tells whether growth paid."""
@@ -170,24 +157,23 @@ class Grower:
         """Do the measurement that is due, if any, and grow where it says so."""
         if not self.pending:
             return None
-        self.pending, kind, charged = False, "", True
-        self.budget.enter()
+        budget, kind, charged = self.watcher.budget, "", True
+        self.watcher.pending = False
+        budget.enter()
         try:
             with whole(self.model, () if self.monitor_only else self.optimizers):
                 event = self._measure()
             kind, charged = GEOMETRY if GEOMETRY in event.seconds else TEST, not event.grown
-            event = replace(event, step=self.steps, overhead=self.budget.overhead(charged=charged))
+            event = replace(event, step=self.steps, overhead=budget.overhead(charged=charged))
             self._take(event)
         finally:
-            self.budget.leave(kind, charged=charged)
+            budget.leave(kind, charged=charged)
         return event
 
     def _take(self, event: GrowthEvent) -> None:
         """Remember an event, begin to watch afresh, tell the sinks."""
-        self.verdict = event.verdict or self.verdict
         self.growths += event.grown
-        self.detector.reset()
-        self.collector.clear()
+        self.watcher.restart(event.verdict)
         self._tell(event)
 
     def _tell(self, event: GrowthEvent) -> None:
@@ -201,7 +187,7 @@ class Grower:
         Raises:
             SplitWatchError: no probe was given and too few batches were seen to make one.
         """
-        probe = self._probe()
+        probe = self.watcher.probe()
         with whole(self.model):
             layers, geometry = self._geometry(probe)
             return plan_growth(self.model, geometry, probe, self.policy, layers=layers)
@@ -211,55 +197,33 @@ class Grower:
 
         Events are kept without geometry. Each process saves its own. A control goes on only where it is still there.
         """
-        counts = {key: getattr(self, key) for key in ("steps", "growths", "batch_size", "pending")}
-        counts["control"] = 0 if self.control is None else len(self.control.losses)
-        counts["rewarm"] = [item.done for item in self.rewarm]
-        counts["events"] = [packed(light(event)) for event in self.events]
-        parts = ("detector", "budget", "collector")
-        return counts | {part: getattr(self, part).state_dict() for part in parts}
+        state = self.watcher.state_dict() | {"growths": self.growths}
+        state["control"] = 0 if self.control is None else len(self.control.losses)
+        state["rewarm"] = [item.done for item in self.rewarm]
+        state["events"] = [packed(light(event)) for event in self.events]
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state; what was decided is done where the probe was saved too, or is given."""
-        for key in ("steps", "growths", "batch_size"):
-            setattr(self, key, state[key])
+        self.watcher.load_state_dict(state, next(self.model.parameters()).device)
+        self.growths = state["growths"]
         self.events[:] = map(unpacked, state.get("events", ()))
-        self.collector.load_state_dict(state.get("collector", {}), next(self.model.parameters()).device)
-        self.pending = bool(state["pending"]) and (self.fixed_probe is not None or bool(self.collector.batches))
         for item, done in zip(self.rewarm, state.get("rewarm", ()), strict=False):
             item.begin(done)
         if (done := state.get("control", 0)) != (0 if self.control is None else len(self.control.losses)):
             self._drop_control()  # the one that is there, if any, is of another moment
             _logger.warning("a control is dropped: its copy, %d steps after growth, was not saved", done)
-        self.detector.load_state_dict(state["detector"])
-        self.budget.load_state_dict(state["budget"])
-
-    def _due(self) -> bool:
-        """Whether every rank has a probe and there is time for what comes next."""
-        ready = self.fixed_probe is not None or self.collector.ready
-        return everywhere(ready and self._allowed(GEOMETRY if self.budget.saving else TEST))
-
-    def _allowed(self, kind: str) -> bool:
-        """Whether the budget allows a measurement; the clock of rank 0 decides."""
-        samples = self.collector.samples if self.fixed_probe is None else self.fixed_probe.samples()
-        return not is_first() or self.budget.allows(kind, samples / (self.batch_size * self.steps))
-
-    def _probe(self) -> Probe:
-        if self.fixed_probe is not None:
-            return self.fixed_probe
-        if not self.collector.batches:
-            raise SplitWatchError("probe: required training batches, found none; call step first or pass a probe")
-        return self.collector.probe(self.loss_fn)
 
     def _geometry(self, probe: Probe) -> tuple[tuple[HiddenLayer, ...], dict[str, LayerGeometry]]:
         layers, given = select_layers(find_hidden_layers(self.model, probe), self.policy.layers), self.policy
         return layers, measure_geometry(self.model, probe, layers, wanted=given.max_neurons, max_bytes=given.max_bytes)
 
     def _measure(self) -> GrowthEvent:
-        probe, stages = self._probe(), Stages(self.progress and is_first())
+        probe, stages = self.watcher.probe(), Stages(self.progress and is_first())
         try:
             with stages(TEST):
-                verdict = self.detector.test(self.model, probe, int(summed_number(self.batch_size)))
-            if reason := self._stopped(verdict):
+                verdict = self.watcher.test(self.model, probe)
+            if reason := self.watcher.stopped(verdict):
                 event = not_grown(self.model, GrowthPlan((), (), reason))
                 return replace(event, verdict=verdict, seconds=stages.seconds)
             with stages(GEOMETRY):
@@ -274,14 +238,6 @@ class Grower:
             stages.close()
         found |= {"verdict": verdict, "geometry": geometry}
         return replace(event, **found, seconds=stages.seconds)
-
-    def _stopped(self, verdict: StationarityVerdict) -> str:
-        """Why a measurement ends with the gradient test, if it does."""
-        stationary = verdict.kind == "stationary"
-        self.budget.saving = stationary and not everywhere(self._allowed(GEOMETRY))
-        if self.budget.saving:
-            return "at a stationary point, but max_overhead does not allow to measure its geometry yet"
-        return "" if stationary else f"not at a stationary point ({verdict.kind})"
 
     def _grown(self, plan: GrowthPlan, probe: Probe, stages: Stages, geometry: dict[str, LayerGeometry]) -> GrowthEvent:
         if plan and not self.monitor_only:

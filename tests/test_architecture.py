@@ -35,6 +35,7 @@ ROOMS = (
     "diagnosis",
     "control",
     "rewarm",
+    "watcher",
     "grower",
     "huggingface",
     "lightning",

@@ -56,7 +56,7 @@ def train(grower, clock, steps, seconds=0.1):
     for _ in range(steps):
         clock.turn(seconds)
         grower.step(batch, 1.0)
-        shares.append(grower.budget.overhead())
+        shares.append(grower.watcher.budget.overhead())
     return shares
 
 
@@ -98,8 +98,8 @@ def test_a_moving_run_is_tested_at_the_pace_of_the_test(clock):
     grower = watched(clock, noise_ratio=0.0, max_overhead=0.01)
     train(grower, clock, 20_000)
     assert not any(event.geometry for event in grower.events)
-    cost = grower.budget.costs[TEST]
-    assert set(grower.budget.costs) == {TEST}
+    cost = grower.watcher.budget.costs[TEST]
+    assert set(grower.watcher.budget.costs) == {TEST}
     assert len(grower.events) == pytest.approx(0.01 * 0.1 * 20_000 / cost, rel=0.1)
 
 
@@ -116,7 +116,7 @@ def test_the_share_is_reported(clock):
     grower = watched(clock, max_overhead=None, sinks=[heard.append])
     train(grower, clock, 40, seconds=5.0)
     event = heard[-1]
-    assert event.overhead == pytest.approx(grower.budget.spent / grower.budget.training)
+    assert event.overhead == pytest.approx(grower.watcher.budget.spent / grower.watcher.budget.training)
     assert event_scalars(event)["splitwatch/overhead"] == event.overhead
     assert f"{event.overhead:.2%} of training time" in event_markdown(event)
     assert f"{event.overhead:.2%} of training time" in str(event)
@@ -131,8 +131,8 @@ def test_the_accounts_survive_a_restart_and_the_pause_does_not_count(clock):
     resumed.load_state_dict(saved)
     assert resumed.state_dict() == saved
     train(resumed, clock, 1)
-    assert resumed.budget.training == pytest.approx(grower.budget.training, abs=1.0)
-    assert resumed.budget.costs == grower.budget.costs
+    assert resumed.watcher.budget.training == pytest.approx(grower.watcher.budget.training, abs=1.0)
+    assert resumed.watcher.budget.costs == grower.watcher.budget.costs
 
 
 def test_a_run_that_may_grow_measures_at_once_and_growth_is_not_charged(clock):
@@ -141,20 +141,20 @@ def test_a_run_that_may_grow_measures_at_once_and_growth_is_not_charged(clock):
     (event,) = grower.events
     assert event.grown
     assert event.step == 20
-    assert grower.budget.spent == event.overhead == 0
+    assert grower.watcher.budget.spent == event.overhead == 0
 
 
 def test_a_run_that_may_grow_but_does_not_is_held_back_after_its_credit(clock):
     grower = watched(clock, cost=0.5, monitor_only=False, max_neurons=0, max_overhead=0.01)
     train(grower, clock, 10_000)
-    largest = max(grower.budget.costs.values())
+    largest = max(grower.watcher.budget.costs.values())
     assert len(grower.events) > 1
-    assert grower.budget.spent <= 0.01 * grower.budget.training + CREDIT + largest
+    assert grower.watcher.budget.spent <= 0.01 * grower.watcher.budget.training + CREDIT + largest
 
 
 def test_steps_of_30_ms_pay_for_a_measurement_of_200_steps_once_in_20_000(clock):
     grower = watched(clock, cost=0.0, max_overhead=0.01, sinks=[lambda event: event.geometry and clock.turn(6.0)])
-    grower.budget.costs = {TEST: 0.0, GEOMETRY: 6.0}
+    grower.watcher.budget.costs = {TEST: 0.0, GEOMETRY: 6.0}
     train(grower, clock, 45_000, seconds=0.03)
     measured = [event.step for event in grower.events if GEOMETRY in event.seconds]
     assert len(measured) == 2
@@ -163,11 +163,11 @@ def test_steps_of_30_ms_pay_for_a_measurement_of_200_steps_once_in_20_000(clock)
 
 def test_while_it_waits_it_looks_once_a_window(clock, monkeypatch):
     grower = watched(clock, max_overhead=1e-6)
-    looks, judge = [], grower.detector.judge
-    monkeypatch.setattr(grower.detector, "judge", lambda: looks.append(grower.steps) or judge())
+    looks, judge = [], grower.watcher.detector.judge
+    monkeypatch.setattr(grower.watcher.detector, "judge", lambda: looks.append(grower.steps) or judge())
     train(grower, clock, 100)
     assert looks == [*range(2, 21, 2), 40, 60, 80, 100]
-    assert len(grower.detector.means) == 10
+    assert len(grower.watcher.detector.means) == 10
 
 
 def test_only_the_last_geometry_is_kept_and_sinks_hear_of_all(clock):

@@ -69,7 +69,7 @@ def train(name, grows, control=None, early=False):
         if early:
             [rate.step() for rate in rates]
         losses.append(loss.detach())
-        grower.pending = grows and i == AT
+        grower.watcher.pending = grows and i == AT
         grower.step((x[rows], y[rows]), loss)
         if not early:
             [rate.step() for rate in rates]
@@ -144,7 +144,7 @@ def test_the_copy_is_forgotten_afterwards_and_at_resume(caplog):
     policy = GrowthPolicy(noise_ratio=1e6, max_neurons=2, max_overhead=None, control=2)
     grower = Grower(model, optimizer, mse, policy, probe=Probe([(x, y)], mse), progress=False)
     grower.observe((x, y), 1.0)
-    grower.pending = True
+    grower.watcher.pending = True
     assert grower.act().grown
     copied = weakref.ref(grower.control.model)
     grower.step((x, y), 1.0)
@@ -167,7 +167,7 @@ def test_the_next_growth_ends_a_control_early():
     grower = Grower(model, optimizer, mse, policy, probe=Probe([(x, y)], mse), progress=False)
     for _ in range(2):
         grower.observe((x, y), 1.0)
-        grower.pending = True
+        grower.watcher.pending = True
         assert grower.act().grown
     assert [event.grown for event in grower.events] == [True, False, True]
     assert grower.events[1].comparison.steps == 1
@@ -180,7 +180,7 @@ def test_what_cannot_be_copied_is_said_and_growth_goes_on(caplog):
     policy = GrowthPolicy(noise_ratio=1e6, max_neurons=1, max_overhead=None, control=100)
     grower = Grower(model, optimizer, mse, policy, probe=Probe([(x, y)], mse), progress=False)
     grower.observe((x, y), 1.0)
-    grower.pending = True
+    grower.watcher.pending = True
     with caplog.at_level(logging.WARNING, "splitwatch"):
         assert grower.act().grown
     assert "L-BFGS" in caplog.text
@@ -194,7 +194,7 @@ def test_a_parameter_group_that_is_added_ends_a_control_with_a_warning(caplog):
     policy = GrowthPolicy(noise_ratio=1e6, max_neurons=1, max_overhead=None, control=100)
     grower = Grower(model, optimizer, mse, policy, probe=Probe([(x, y)], mse), progress=False)
     grower.observe((x, y), 1.0)
-    grower.pending = True
+    grower.watcher.pending = True
     assert grower.act().grown
     optimizer.add_param_group({"params": list(model[0].parameters())})
     mse(model, (x, y)).backward()

@@ -304,7 +304,7 @@ def watched():
     model, optimizers, probe, _ = scene()
     grower = Grower(model, optimizers, mse, POLICY, probe=Probe(data(4, 20), mse), progress=False)
     grower.observe(probe.fitted[0], 1.0)
-    grower.pending = True
+    grower.watcher.pending = True
     return model, optimizers, grower
 
 
@@ -347,7 +347,7 @@ def test_a_stage_of_the_grower_that_fails_leaves_it_able_to_go_on(name, error, m
     assert not grower.events
     step(model, optimizers)
     grower.step(data(1, 5)[0], 1.0)
-    grower.pending = True
+    grower.watcher.pending = True
     assert grower.act().grown
     assert grower.growths == 1
 

@@ -118,7 +118,7 @@ def test_a_given_probe_is_used_and_sinks_hear_of_every_event():
     _, grower, _ = run(900, lambda m, o: Grower(m, o, mse, POLICY, probe=probe, sinks=[heard.append], progress=False))
     assert [event.step for event in heard] == [event.step for event in grower.events]
     assert heard[-1] is grower.events[-1]
-    assert not grower.collector.batches
+    assert not grower.watcher.collector.batches
 
 
 def test_losses_keep_their_values_and_no_graph():
@@ -129,8 +129,8 @@ def test_losses_keep_their_values_and_no_graph():
     for value in (3.0, 2.0, 1.0):  # as where a captured graph writes every loss to the same place
         buffer.data.fill_(value)
         grower.observe((x, y), buffer)
-    assert [float(loss) for loss in grower.detector.losses] == [3, 2, 1]
-    assert not any(getattr(loss, "requires_grad", False) for loss in grower.detector.losses)
+    assert [float(loss) for loss in grower.watcher.detector.losses] == [3, 2, 1]
+    assert not any(getattr(loss, "requires_grad", False) for loss in grower.watcher.detector.losses)
 
 
 def test_state_survives_a_round_trip():

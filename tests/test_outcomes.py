@@ -109,7 +109,7 @@ def test_the_grower_tells_it_with_every_growth():
     grower = Grower(model, optimizer, mse, policy, probe=probe, progress=False)
     expected = plan_growth(model, measure_geometry(model, probe, wanted=4), probe, policy)
     grower.observe(probe.fitted[0], 1.0)
-    grower.pending = True
+    grower.watcher.pending = True
     event = grower.act()
     assert event.grown
     assert sum(x.moves for x in event.outcomes) == len(event.plan.moves) == len(expected.moves)

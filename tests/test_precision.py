@@ -38,7 +38,7 @@ def train_scaled(grower, scaler, x, y, steps):
     for _ in range(steps):
         rows = torch.randint(len(x), (64,), device=x.device)
         optimizer.zero_grad()
-        loss = grower.loss_fn(grower.model, (x[rows], y[rows]))
+        loss = grower.training_loss(grower.model, (x[rows], y[rows]))
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -367,4 +367,4 @@ def test_a_scaler_beside_the_grower():
     train_scaled(grower, scaler, x, y, 600)
     assert any(event.grown for event in grower.events)
     assert all(event.drift < 1e-6 for event in grower.events if event.grown)
-    assert max(grower.detector.means, default=0.0) < 2
+    assert max(grower.watcher.detector.means, default=0.0) < 2

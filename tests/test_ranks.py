@@ -57,11 +57,11 @@ def schedule(rank):
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     policy = GrowthPolicy(window=10, max_overhead=0.01)
     grower = Grower(model, optimizer, probe.loss_fn, policy, monitor_only=True, probe=probe, progress=False)
-    grower.budget.costs = {budget.TEST: 5.0}
+    grower.watcher.budget.costs = {budget.TEST: 5.0}
     for _ in range(1000):
         clock[0] += rank == 0
         grower.step(probe.fitted[0], 1.0 + rank)
-        if grower.budget.spent:
+        if grower.watcher.budget.spent:
             break
     return grower.steps, len(grower.events)
 

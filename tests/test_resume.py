@@ -333,12 +333,12 @@ def test_a_probe_that_is_too_large_or_not_plain_is_collected_afresh(monkeypatch)
     another = {**state, "pending": True, "collector": {**state["collector"], "rank": 1, "ranks": 2}}
     grower.load_state_dict(another)
     assert not grower.pending
-    assert not grower.collector.batches
+    assert not grower.watcher.collector.batches
     grower.load_state_dict(state)
-    assert grower.collector.batches
+    assert grower.watcher.collector.batches
     monkeypatch.setattr("splitwatch.collect.STORED", 8 * 2 * 4)
     assert grower.state_dict()["collector"] == {}
-    grower.pending = True
+    grower.watcher.pending = True
     grower.load_state_dict(grower.state_dict())
     assert not grower.pending
-    assert not grower.collector.batches
+    assert not grower.watcher.collector.batches

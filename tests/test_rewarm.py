@@ -124,7 +124,7 @@ def test_the_grower_rewarms_after_growth_and_the_control_does_not():
     policy = GrowthPolicy(noise_ratio=1e6, max_neurons=2, max_overhead=None, control=5, rewarm=4)
     grower = Grower(model, optimizer, mse, policy, probe=Probe([(x, y)], mse), progress=False)
     grower.observe((x, y), 1.0)
-    grower.pending = True
+    grower.watcher.pending = True
     assert grower.act().grown
     assert grower.rewarm[0].factor == pytest.approx(0.1)
     for expected in (0.1, 0.1 + 0.9 / 4, 0.55, 0.1 + 0.9 * 0.75, 1.0):
