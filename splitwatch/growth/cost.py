@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from itertools import chain
 from math import inf
@@ -79,7 +79,7 @@ def prices(model: nn.Module, probe: Probe, policy: GrowthPolicy, layers: Sequenc
     """What one more neuron of each layer costs, the others left as they are; in a grouped one its share of a round."""
     before, found = size(model, probe, policy), {}
     for x in layers:
-        one_round = [duplicate(model, x, group * x.width // x.groups) for group in range(x.groups)]
+        one_round = duplicates(model, x, {group * x.width // x.groups: (0.5, 0.5) for group in range(x.groups)})
         more = size_with(model, probe, policy, layers, one_round).less(before)
         found[x.name] = Size(*(value / x.groups for value in astuple(more)))
     return found
@@ -103,9 +103,16 @@ def fitting(
 
 def duplicate(model: nn.Module, layer: HiddenLayer, neuron: int, coefficients: Sequence[float] = (0.5, 0.5)) -> Split:
     """A split without offsets."""
-    incoming, outgoing = neuron_weights(model, layer)
-    still = (torch.zeros(len(coefficients), weights.shape[1]) for weights in (incoming, outgoing))
-    return Split(layer.name, neuron, tuple(coefficients), *still, predicted_decrease=0.0)
+    return duplicates(model, layer, {neuron: coefficients})[0]
+
+
+def duplicates(model: nn.Module, layer: HiddenLayer, coefficients: Mapping[int, Sequence[float]]) -> list[Split]:
+    """Splits without offsets of some neurons of a layer, whose weights are looked at once for all."""
+    d, c = (torch.zeros(1, weights.shape[1]) for weights in neuron_weights(model, layer))
+    return [
+        Split(layer.name, r, tuple(shares), d.expand(len(shares), -1), c.expand(len(shares), -1), 0.0)
+        for r, shares in coefficients.items()
+    ]
 
 
 def _or_inf(limit: float | None) -> float:

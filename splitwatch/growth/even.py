@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from splitwatch.geometry.measure import EQUAL, measure_geometry
 from splitwatch.geometry.weights import neuron_weights
-from splitwatch.growth.cost import duplicate, limits, size_with
+from splitwatch.growth.cost import duplicates, limits, size_with
 from splitwatch.growth.grow import widened
 from splitwatch.growth.mixture import counted, holds_sprouts
 from splitwatch.growth.policy import GrowthPolicy
@@ -177,9 +177,9 @@ def _shares(width: int, count: int) -> list[int]:
 
 def _duplicates(model: nn.Module, layer: HiddenLayer, count: int) -> list[Split]:
     """So many new neurons, without offsets."""
-    each = whole_rounds([layer], [duplicate(model, layer, r) for r in range(layer.width)])
+    each = whole_rounds([layer], duplicates(model, layer, dict.fromkeys(range(layer.width), (0.5, 0.5))))
     shares = zip(each, _shares(layer.width, count), strict=False)
-    return [duplicate(model, layer, move.neuron, [1 / k] * k) for move, k in shares]
+    return duplicates(model, layer, {move.neuron: [1 / k] * k for move, k in shares})
 
 
 def _splits(
