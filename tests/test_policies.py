@@ -23,9 +23,10 @@ from splitwatch import (
     measure_geometry,
     plan_growth,
 )
-from splitwatch.growth import pursuit, search
+from splitwatch.geometry.weights import neuron_weights
+from splitwatch.growth import cost, pursuit, search
 from splitwatch.growth.cost import duplicate, prices
-from splitwatch.growth.even import PARTS, _splits
+from splitwatch.growth.even import PARTS, _counts, _splits
 from splitwatch.growth.grow import count_parameters, widened
 from splitwatch.growth.plan import split_candidates
 from splitwatch.growth.policy import MOVES
@@ -282,6 +283,30 @@ def test_even_has_a_plan_where_nothing_is_to_be_gained():
     assert "no outgoing weights yet: none pay on the held-out half" in plan.reason
     assert grow(model, plan, probe=probe).widths == {"0": (4, 8)}
     assert probe.loss(model, "held_out") < 1e-4
+
+
+def test_even_looks_at_the_weights_as_often_in_wide_layers_as_in_narrow_ones(monkeypatch):
+    calls = []
+    monkeypatch.setattr(cost, "neuron_weights", lambda *args: calls.append(1) or neuron_weights(*args))
+    counted = []
+    for width in (4, 64):
+        model = nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, 2)).double()
+        probe = Probe([(torch.randn(4, 3).double(), torch.randn(4, 2).double()) for _ in range(2)], mse)
+        policy = GrowthPolicy(moves="even", max_parameters=count_parameters(model) + 6 * (width // 2))
+        counts, ratio = _counts(model, probe, policy, growable(model, probe))
+        assert (counts, ratio) == ({"0": width // 2}, pytest.approx(1.5, abs=0.2))
+        counted.append(len(calls))
+        calls.clear()
+    assert counted[0] == counted[1] <= 2 * 7
+
+
+@pytest.mark.parametrize("moves", [*MOVES, lambda model, geometry, probe, policy, layers: [layers[0]]])
+def test_an_empty_list_of_layers_lets_none_grow(moves):
+    model, probe = ZOO["mlp"].make(samples=8)
+    geometry = measure_geometry(model, probe, growable(model, probe)[:1])
+    for measured in ({}, geometry):
+        plan = plan_growth(model, measured, probe, GrowthPolicy(moves=moves, layers=[]))
+        assert (plan.moves, plan.reason) == ((), "the policy names no layer that may grow")
 
 
 def test_copies_side_by_side_are_what_was_predicted():

@@ -54,9 +54,10 @@ def plan_growth(
     policy = policy or GrowthPolicy()
     found = find_hidden_layers(model, probe) if layers is None else layers
     even = policy.moves == "even"
-    fixed = [x for x in found if x.name in geometry and x.measurable and not x.growable and not policy.layers]
+    fixed = [x for x in found if x.name in geometry and x.measurable and not x.growable and policy.layers is None]
     measured_only = {layer.name for layer in fixed}
-    names = policy.layers or ([*geometry] or None if even else geometry)
+    every = [*geometry] or None if even else geometry
+    names = every if policy.layers is None else policy.layers
     layers = select_layers(found, None if names is None else [name for name in names if name not in measured_only])
     measured = {layer.name: _of(geometry, layer) for layer in layers if not even or layer.name in geometry}
     plan = _planned(model, measured, probe, policy, layers)
@@ -71,6 +72,8 @@ def _planned(
     layers: tuple[HiddenLayer, ...],
 ) -> GrowthPlan:
     """The plan for some layers by what the policy's moves are."""
+    if policy.layers is not None and not policy.layers:
+        return GrowthPlan(layers, (), "the policy names no layer that may grow")
     if policy.chooser:
         return plan_chosen(model, geometry, probe, policy, layers)
     if policy.moves == "preserve":

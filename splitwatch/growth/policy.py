@@ -25,7 +25,7 @@ class GrowthPolicy:
     """Budgets and schedule of growth; every field can stand in a YAML file.
 
     Args:
-        layers: names of the hidden layers that may grow; all that can be widened by default.
+        layers: names of the hidden layers that may grow, none in an empty list; all that can be widened by default.
         max_neurons: new neurons in one event.
         max_parameters: parameters of the network after growth.
         max_flops: floating-point operations of one sample's forward and backward pass after growth, as
