@@ -199,7 +199,7 @@ class Grower:
         """
         state = self.watcher.state_dict() | {"growths": self.growths}
         state["control"] = 0 if self.control is None else len(self.control.losses)
-        state["rewarm"] = [item.done for item in self.rewarm]
+        state["rewarm"] = [item.state_dict()["done"] for item in self.rewarm]
         state["events"] = [packed(light(event)) for event in self.events]
         return state
 
@@ -209,7 +209,7 @@ class Grower:
         self.growths = state["growths"]
         self.events[:] = map(unpacked, state.get("events", ()))
         for item, done in zip(self.rewarm, state.get("rewarm", ()), strict=False):
-            item.begin(done)
+            item.load_state_dict({"done": done})
         if (done := state.get("control", 0)) != (0 if self.control is None else len(self.control.losses)):
             self._drop_control()  # the one that is there, if any, is of another moment
             _logger.warning("a control is dropped: its copy, %d steps after growth, was not saved", done)

@@ -61,13 +61,14 @@ class Rewarm:
             self._hooks = [one.register_step_pre_hook(self._scale), one.register_step_post_hook(self._put_back)]
             self._hooks.append(one.register_state_dict_pre_hook(self._restore))
 
-    def state_dict(self) -> dict[str, int]:
-        """How far it is."""
-        return {"done": self.done}
+    def state_dict(self) -> dict[str, int | None]:
+        """How far it is; None where it is idle, whatever ``steps`` are when it is loaded."""
+        return {"done": self.done if self.done < self.steps else None}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, int | None]) -> None:
         """Continue where it was."""
-        self.begin(state["done"])
+        done = state["done"]
+        self.begin(self.steps if done is None else done)
 
     def _scale(self, *_: Any) -> None:
         self._restore()  # should the step before have failed, as before a checkpoint

@@ -92,6 +92,31 @@ def test_a_saved_run_goes_on_where_it_was():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_an_idle_one_stays_idle_under_more_steps(begun):
+    saved, loaded = (Rewarm(OPTIMIZERS["sgd"](network().parameters()), steps) for steps in (2, 400))
+    if begun:
+        saved.begin()
+        train(network(), saved.optimizer, SCHEDULERS["none"](saved.optimizer), 2)
+    loaded.begin()  # of a state that is put back amid a run
+    loaded.load_state_dict(saved.state_dict())
+    assert loaded.factor == 1.0
+    assert not loaded.optimizer._optimizer_step_pre_hooks
+
+
+def test_a_run_that_never_grew_is_resumed_at_full_rates():
+    def grower(steps):
+        model = network()
+        policy = GrowthPolicy(rewarm=steps)
+        return Grower(model, OPTIMIZERS["sgd"](model.parameters()), lambda model, batch: model(batch).mean(), policy)
+
+    saved, other = grower(200).state_dict(), grower(400)
+    other.load_state_dict(saved)
+    assert other.rewarm[0].factor == 1.0
+    other.load_state_dict({**saved, "rewarm": [100]})  # as it was saved before, where it was not idle
+    assert other.rewarm[0].factor == pytest.approx(0.1 + 0.9 / 4)
+
+
 def test_a_step_that_fails_leaves_no_scaled_rate_for_the_next():
     model = network()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
@@ -139,7 +164,7 @@ def test_the_grower_rewarms_after_growth_and_the_control_does_not():
             assert grower.control.settings[0][0]["lr"] == 0.1
         state = grower.state_dict()
         grower.step((x, y), loss)
-    assert state["rewarm"] == [4]
+    assert state["rewarm"] == [None]
     other = Grower(model, optimizer, mse, policy, progress=False)
     other.load_state_dict({**grower.state_dict(), "rewarm": [2]})
     assert other.rewarm[0].factor == pytest.approx(0.55)
