@@ -137,6 +137,30 @@ def test_finders_run_before_it_and_it_grows_after_them(tmp_path):
     assert grown(watch)
 
 
+def test_a_finder_that_runs_before_a_resumed_run_leaves_its_past(tmp_path):
+    keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=16, save_top_k=-1)
+    first, _, _ = run(keep, steps=16, enable_checkpointing=True)
+    assert first.grower.growths == 1
+    finder = LearningRateFinder(num_training_steps=6, update_attr=False)
+    for used in (False, True):
+        watch = run(steps=4)[0] if used else SplitWatch(SOON)
+        trainer = trainer_of([finder, watch], default_root_dir=tmp_path, enable_checkpointing=True)
+        trainer.fit(module_of(), loader(), ckpt_path=keep.best_model_path)
+        assert (watch.events[0].step, watch.events[0].grown) == (first.events[0].step, True)
+        assert watch.grower.steps == 16 + trainer.global_step  # the finder has put Lightning's own count back to zero
+
+
+def test_a_state_that_was_loaded_is_what_is_saved_until_it_is_taken_over():
+    first, _, _ = run(steps=16)
+    state, second, third = first.state_dict(), SplitWatch(SOON), SplitWatch(SOON)
+    second.load_state_dict(state)
+    third.load_state_dict(second.state_dict())
+    assert third.state_dict() == state
+    assert SplitWatch(SOON).state_dict() == {}
+    run(watch=third, module=module_of(), steps=8)
+    assert third.grower.steps == 24
+
+
 def test_the_batch_size_finder_runs_before_it(tmp_path):
     class Data(pl.LightningDataModule):
         batch_size = 16

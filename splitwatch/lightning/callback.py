@@ -178,10 +178,11 @@ class SplitWatch(Callback):
     def state_dict(self) -> dict[str, Any]:
         """The grower's state, in builtins, with what each process has of its own; called on all, as Lightning does.
 
-        What grew is in it too, for state dicts that lose their metadata.
+        What grew is in it too, for state dicts that lose their metadata. A state that was loaded and not taken over yet
+        is handed on: a finder that runs before a resumed run saves and loads the callback's state once more.
         """
-        if self.grower is None:
-            return {}
+        if self.grower is None or self._saved:
+            return dict(self._saved)
         self._hand_over()
         state = {**self.grower.state_dict(), KEY: recall(self.grower.model) or {}}
         if rank_count() == 1:
