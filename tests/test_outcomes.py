@@ -86,6 +86,23 @@ def test_the_parts_sum_to_the_whole_and_are_few(count):
     assert outcomes(model, replace(plan, moves=()), probe) == ()
 
 
+def test_no_loss_is_spent_on_silent_moves_which_count_as_moves(monkeypatch):
+    model, probe, layer = scene()
+    plan, losses = sprouts(layer, 14), []
+    silent = [replace(move, outgoing=0 * move.outgoing, others=None, predicted_decrease=0.0) for move in plan.moves]
+    silent = [replace(move, biases=0 * move.biases) for move in silent]
+    loud = outcomes(model, replace(plan, moves=plan.moves[:3]), probe)
+    loss = probe.loss
+    monkeypatch.setattr(probe, "loss", lambda *args, **named: losses.append(1) or loss(*args, **named))
+    found = outcomes(model, replace(plan, moves=(*silent[:6], *plan.moves[:3], *silent[6:])), probe)
+    assert len(losses) == 6
+    assert [(x.kind, x.moves, x.predicted, x.realised) for x in found[3:]] == [("sprout", 14, 0.0, 0.0)]
+    assert [x.realised for x in found[:3]] == [x.realised for x in loud]
+    losses.clear()
+    assert [x.moves for x in outcomes(model, replace(plan, moves=tuple(silent)), probe)] == [14]
+    assert not losses
+
+
 def test_a_split_is_certified_by_the_held_out_interval_that_it_follows():
     model, probe, _ = scene()
     geometry = measure_geometry(model, probe)

@@ -367,6 +367,16 @@ def test_outcomes_are_logged_and_gathered_over_the_run():
     assert "| split in net.0 | 0.01 | 0.008 | yes |" in event_markdown(grown_event())
 
 
+def test_silent_moves_are_in_no_share_of_the_calibration():
+    event = grown_event()
+    silent = [Outcome("net.2", "sprout", 0.0, realised, moves=3) for realised in (0.0, -1e-17)]
+    shares = {name for name in event_scalars(event) if "calibration" in name}
+    more = event_scalars(replace(event, outcomes=(*event.outcomes, *silent)))
+    assert {name: more[name] for name in shares} == {name: event_scalars(event)[name] for name in shares}
+    alone = event_scalars(replace(event, outcomes=tuple(silent)))
+    assert not any("calibration" in name for name in alone)
+
+
 def test_infinite_intervals_are_drawn_without_a_band(tmp_path):
     endless = geometry().interval * torch.tensor([-torch.inf, torch.inf]).abs()
     figure = plateau_figure(-1.0, 1.0, interval=(-torch.inf, torch.inf), max_interval=(torch.nan, torch.nan))

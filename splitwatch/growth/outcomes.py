@@ -3,14 +3,16 @@
 Moves are applied one after the other, in the plan's order and in the opposite one, and each is given the mean of what
 it added in both. The parts sum to the decrease of the whole plan, and where the loss is quadratic in the moves they are
 exactly each move's own part −gᵀδ_i − ½ δ_iᵀHΔ of it, which is what predictions are of. A move alone would be another
-question: sprouts of one layer have outgoing weights that are solved for together.
+question: sprouts of one layer have outgoing weights that are solved for together. Silent ones, which nothing reads yet,
+add nothing, so no loss is spent on them: those of a layer are one outcome of zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, groupby, pairwise
+from operator import attrgetter
 from typing import Final
 
 from torch import nn
@@ -22,8 +24,8 @@ from splitwatch.probe import Probe
 from splitwatch.records import GrowthPlan, LayerGeometry, Move, Split
 
 PARTS: Final = 8
-"""Outcomes of one event, unless more layers move: twice as many losses of the held-out half is what they cost. Where
-there are more moves, like ones of a layer share an outcome."""
+"""Outcomes of one event, beside silent ones, unless more layers move: twice as many losses of the held-out half is what
+they cost. Where there are more moves, like ones of a layer share an outcome."""
 
 
 def outcomes(
@@ -37,16 +39,36 @@ def outcomes(
         probe: its held-out half decides.
         geometry: tells which splits are certified, none without it.
     """
-    if not plan.moves:
-        return ()
-    parts = _parts(rounds(plan.layers, plan.moves), geometry or {})
+    still = sorted((move for move in plan.moves if _silent(move)), key=attrgetter("layer"))
+    silent = [_outcome([*part], 0.0, {}) for _, part in groupby(still, key=attrgetter("layer"))]
+    parts = _parts(rounds(plan.layers, [move for move in plan.moves if not _silent(move)]), geometry or {})
+    return (*_measured(model, plan, parts, probe, geometry or {}), *silent)
+
+
+def _measured(
+    model: nn.Module,
+    plan: GrowthPlan,
+    parts: Sequence[tuple[Move, ...]],
+    probe: Probe,
+    geometry: Mapping[str, LayerGeometry],
+) -> Iterator[Outcome]:
+    """What the parts of a plan do, forwards and backwards."""
+    if not parts:
+        return
     start = probe.loss(model, "held_out")
     whole = _loss(model, plan, parts, probe)
     there = [start, *(_loss(model, plan, parts[:i], probe) for i in range(1, len(parts))), whole]
     back = [whole, *(_loss(model, plan, parts[i:], probe) for i in range(1, len(parts))), start]
     gains = zip(pairwise(there), pairwise(back), strict=True)
     realised = [((a - b) + (d - c)) / 2 for (a, b), (c, d) in gains]
-    return tuple(_outcome(part, gain, geometry or {}) for part, gain in zip(parts, realised, strict=True))
+    yield from (_outcome(part, gain, geometry) for part, gain in zip(parts, realised, strict=True))
+
+
+def _silent(move: Move) -> bool:
+    """Whether a move is a new neuron that changes nothing of what the network computes."""
+    if isinstance(move, Split):
+        return False
+    return not any(bool(change.any()) for change in (move.outgoing, move.others, move.biases) if change is not None)
 
 
 def certified(move: Move, geometry: Mapping[str, LayerGeometry]) -> bool:

@@ -21,7 +21,7 @@ def event_scalars(event: GrowthEvent) -> dict[str, float]:
     ``overhead`` is the share of training time that monitoring took so far; ``control/difference`` is by how much the
     held-out loss is lower than that of a copy that did not grow; ``calibration/realised_over_predicted`` is the median
     over the moves, beside the shares of moves within a factor of two of the prediction and of those that decrease the
-    loss at all.
+    loss at all; silent new neurons, of which nothing is predicted, are in none of the three.
     """
     plan, scalars = event.plan, dict[str, float]()
     if event.verdict is not None:
@@ -38,11 +38,12 @@ def event_scalars(event: GrowthEvent) -> dict[str, float]:
     if event.seconds:
         scalars["growth/seconds"] = sum(event.seconds.values())
     scalars["overhead"] = event.overhead
-    ratios = [item.realised / item.predicted for item in event.outcomes if item.predicted > 0]
-    if ratios:
+    told = [item for item in event.outcomes if item.predicted > 0]
+    if told:
+        ratios = [item.realised / item.predicted for item in told]
         scalars["calibration/realised_over_predicted"] = median(ratios)
         scalars["calibration/within_factor_two"] = fmean(0.5 <= ratio <= 2 for ratio in ratios)
-        scalars["calibration/decreasing"] = fmean(item.realised > 0 for item in event.outcomes)
+        scalars["calibration/decreasing"] = fmean(item.realised > 0 for item in told)
     if event.comparison is not None:
         found = event.comparison
         scalars |= {"control/difference": found.difference, "control/error": found.error}
