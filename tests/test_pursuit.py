@@ -11,6 +11,7 @@ from zoo import ZOO, in_turn, mse
 
 from splitwatch import Grower, GrowthPolicy, Probe, grow, measure_geometry, plan_growth
 from splitwatch.growth import mixture, pursuit
+from splitwatch.growth.cost import duplicate
 from splitwatch.growth.grow import count_parameters, widened
 from splitwatch.growth.pursuit import ascend, candidates, pursue, select, sized
 from splitwatch.growth.search import searched
@@ -327,6 +328,17 @@ def test_budgets_are_respected(moves, limits):
     assert sum(move.added for move in plan.moves) <= (99 if policy.max_neurons is None else policy.max_neurons)
     if policy.max_neurons == 0:
         assert plan.reason == "the budget allows no new neuron"
+
+
+def test_splits_that_leave_no_room_get_no_sprouts_beside_them(monkeypatch):
+    """Half of the splits, into five copies each, add more neurons than there are."""
+    model, _, probe, _ = deep()
+    layers = tuple(growable(model, probe))
+    splits = [duplicate(model, layer, r, (0.2,) * 5) for layer in layers for r in range(layer.width)]
+    monkeypatch.setattr(mixture, "_chosen", lambda model, plans, probe: plans["half and half"])
+    policy = GrowthPolicy(moves="mixed", max_ratio=None)
+    plan = mixture.mix(model, GrowthPlan(layers, tuple(splits), ""), {}, probe, policy)
+    assert [(type(move), move.added) for move in plan.moves] == [(Split, 4)] * 4
 
 
 @pytest.mark.parametrize("make", [torch.optim.Adam, lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9)])

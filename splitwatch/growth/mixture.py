@@ -42,7 +42,7 @@ def mix(
     half = len(splits.moves) // 2
     variants: dict[str, tuple[Move, ...]] = {"sprouts": _sprouts(model, found, order, probe)}
     if policy.moves == "mixed":
-        room = (budget.max_neurons or 0) - sum(move.added for move in splits.moves[:half])
+        room = max(0, (budget.max_neurons or 0) - sum(move.added for move in splits.moves[:half]))
         variants["splits"] = splits.moves
         variants["half and half"] = (*splits.moves[:half], *_sprouts(model, found, order[:room], probe)) if half else ()
     plans = {
