@@ -1,6 +1,6 @@
 """The head-to-head of growth moves: who leaves a narrow network best, at equal total FLOPs, its own cost included.
 
-    python benchmarks/growth.py                          # ten cells, five seeds, about an hour; stops and resumes
+    python benchmarks/growth.py                          # ten cells, twelve seeds, about an hour; stops and resumes
     python benchmarks/growth.py --workers 2 --full       # every cell
     python benchmarks/growth.py --cells "teacher tanh" "teacher GELU" --seeds 3 --methods random splitwatch
     python benchmarks/growth.py --redo splitwatch        # forget that method's results and run it again
@@ -91,7 +91,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cells", nargs="+", choices=[*BY_NAME], metavar="CELL", help=", ".join(BY_NAME))
     parser.add_argument("--methods", nargs="+", choices=[*GROW], default=[*PEERS, *OWN], metavar="METHOD")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=12)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--full", action="store_true", help="all cells, not only the default grid")
     parser.add_argument("--redo", nargs="+", default=[], metavar="METHOD", help="methods to forget first")

@@ -89,5 +89,5 @@ def sprouts(model: nn.Module, layer: HiddenLayer, net: Any) -> list[Move]:
     w = torch.cat([incoming.weight, incoming.bias[:, None]], dim=1)[n:].detach()
     v, old = outgoing.weight.T.detach(), last.weight.T.detach()
     found = [Sprout(layer.name, *pair) for pair in zip(w, v[n:], strict=True)]
-    found[0] = replace(found[0], others=v[:n] - old, biases=(outgoing.bias - last.bias).detach())
+    found[0] = replace(found[0], others=(torch.eye(n), v[:n] - old), biases=(outgoing.bias - last.bias).detach())
     return list(found)

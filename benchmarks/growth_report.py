@@ -209,8 +209,8 @@ def costs(table: Table, own: str) -> str:
     rows = []
     for cell, methods in table.items():
         events = [event for run in methods[own].values() for event in run["events"]]
-        flops, seconds = ([event[kind] for event in events] for kind in ("flops", "seconds"))
-        pairs = ((median(values), max(values)) for values in (flops, seconds))
+        flops, cpu = ([event[kind] for event in events] for kind in ("flops", "CPU"))
+        pairs = ((median(values), max(values)) for values in (flops, cpu))
         rows.append([cell, *(f"{middle:.0f} / {most:.0f}" for middle, most in pairs)])
     head = ["", "FLOPs", "CPU time"]
     return (

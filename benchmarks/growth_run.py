@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import islice, pairwise
+from math import nan
+from statistics import median
 from typing import Any
 
 import torch
@@ -63,6 +65,8 @@ class Run:
         self.model = problem.build(width)
         self.optimizer = OPTIMIZERS[cell.optimizer](self.model.parameters(), lr=cell.rate)
         self.price = self.cost()
+        self.clock: list[float] = []
+        self.paid = 0.0
         self.curve: list[tuple[float, float]] = []
         self.events: list[dict[str, Any]] = []
 
@@ -93,7 +97,11 @@ class Run:
         while self.share < share:
             if self.share * LOOKS >= len(self.curve):
                 self.look()
+            start = time.process_time()
             self.step()
+            self.clock.append(time.process_time() - start)
+        if self.events:  # CPU time in steps of the widened network, as they were made since
+            self.events[-1]["CPU"] = self.paid / median(self.clock or [nan])
 
     def look(self) -> None:
         self.curve.append((self.share, mean(self.problem.loss, self.model, self.problem.validation)))
@@ -106,21 +114,20 @@ class Run:
         make = partial(Site, self.model, probe, width, 1000 * self.seed + width, self.parameters(width))
         start = time.process_time()
         GROW[method](make())
-        seconds = time.process_time() - start  # apart, because counting takes longer than what it counts
+        self.paid = time.process_time() - start  # apart, because counting takes longer than what it counts
         with counted(flops):
             plan = GROW[method](make())
         looked = [move for move in plan.moves if move.predicted_decrease > 0] if method in OWN else []
         moves = [(type(m).__name__, m.predicted_decrease, before - self.alone(plan, m, fresh)) for m in looked]
         event = grow(self.model, plan, self.optimizer, probe=probe)
         self.spent += flops[0]
-        self.price = self.cost()
+        self.price, self.clock = self.cost(), []
         self.events.append(
             {
                 "share": self.share,
                 "before": before,
                 "after": mean(self.problem.loss, self.model, fresh),
                 "flops": flops[0] / self.price,
-                "seconds": seconds / self.step_seconds(),
                 "predicted": plan.predicted_decrease,
                 "held out": plan.held_out_decrease,
                 "moves": moves,
@@ -136,14 +143,6 @@ class Run:
         """The loss on fresh data after one move of a plan alone."""
         with widened(self.model, replace(plan, moves=(move,))):
             return mean(self.problem.loss, self.model, fresh)
-
-    def step_seconds(self, repeats: int = 20) -> float:
-        """CPU time of a training step's forward and backward pass."""
-        start = time.process_time()
-        for _ in range(repeats):
-            self.problem.loss(self.model, self.batch).backward()
-        self.model.zero_grad()
-        return (time.process_time() - start) / repeats
 
 
 def execute(cell: Cell, method: str, seed: int, *, after: Callable[[Run], None] | None = None) -> dict[str, Any]:

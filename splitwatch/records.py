@@ -222,7 +222,8 @@ class Split:
 class Sprout:
     """A new neuron (a copy with coefficient zero): ``incoming`` (d,) and ``outgoing`` (c,) weights are free.
 
-    ``others`` (m, c) and ``biases`` are added to existing outgoing weights and, in order, to the consumers' biases.
+    The product of the factors ``others``, (m, r) and (r, c), is added to existing outgoing weights, ``biases`` to the
+    consumers' biases, in order.
     """
 
     layer: str
@@ -230,7 +231,7 @@ class Sprout:
     outgoing: Tensor
     predicted_decrease: float = 0.0
     reason: str = ""
-    others: Tensor | None = None
+    others: tuple[Tensor, Tensor] | None = None
     biases: Tensor | None = None
     added: ClassVar[int] = 1
 

@@ -155,7 +155,8 @@ def split(draw, layer, neuron, d, c):
 
 
 def sprout(draw, model, layer, d, c):
-    others = torch.randn(layer.width, c) / 3 if draw(booleans) else None
+    rank = draw(st.integers(0, 3))
+    others = (torch.randn(layer.width, rank) / 3, torch.randn(rank, c)) if draw(booleans) else None
     consumers = [model.get_submodule(consumer.name) for consumer in layer.consumers]
     count = sum(len(consumer.bias) for consumer in consumers if consumer.bias is not None)
     biases = torch.randn(count) / 3 if count and draw(booleans) else None

@@ -63,7 +63,7 @@ def plan_for(model, probe):
     generator = torch.Generator().manual_seed(1)
     u, v = torch.randn(2, 4, generator=generator), torch.randn(2, 2, generator=generator)
     split = Split(layer.name, 1, (0.5, 0.5), u - u.mean(0), v - v.mean(0), 0.1)
-    others = 0.1 * torch.randn(layer.width, 2, generator=generator)
+    others = torch.eye(layer.width), 0.1 * torch.randn(layer.width, 2, generator=generator)
     sprout = Sprout(layer.name, u[0], v[0], 0.1, others=others, biases=v[1])
     return GrowthPlan((layer,), (split, sprout), "by hand")
 
@@ -260,7 +260,8 @@ def test_a_move_that_is_not_finite_is_refused_by_name(name, value, probed):
     before = Picture(model, optimizers)
     for move in plan.moves:
         if hasattr(move, name):
-            getattr(move, name).view(-1)[-1] = value
+            found = getattr(move, name)
+            (found[1] if name == "others" else found).view(-1)[-1] = value
     with pytest.raises(SplitWatchError, match=f"nan or inf in {name}"):
         grow(model, plan, optimizers, probe=probe if probed else None)
     before.assert_same()

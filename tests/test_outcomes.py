@@ -34,7 +34,7 @@ def sprouts(layer, count, outputs=2):
         return 0.3 * torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     some = (
-        Sprout(layer.name, draw(4), draw(outputs), 0.01, "", draw(layer.width, outputs), draw(outputs))
+        Sprout(layer.name, draw(4), draw(outputs), 0.01, "", (draw(layer.width, 1), draw(1, outputs)), draw(outputs))
         for _ in range(count)
     )
     return GrowthPlan((layer,), tuple(some), "by hand")

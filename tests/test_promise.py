@@ -33,10 +33,11 @@ def random_sprout(model, layer, probe, seed):
     d = sum(p.weight_shape[1:].numel() + p.has_bias for p in trace.producers)
     c = sum(where.stride * m.weight_shape[0] * m.weight_shape[2:].numel() for where, m in maps)
     biases = sum(m.weight_shape[0] for _, m in maps if m.has_bias)
-    w, v, others, b = (
-        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in (d, c, (layer.width, c), biases)
+    w, v, left, right, b = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in (d, c, (layer.width, 2), (2, c), biases)
     )
-    return Sprout(layer.name, w, v, 1.0, "", others, b)
+    return Sprout(layer.name, w, v, 1.0, "", (left, right), b)
 
 
 @pytest.mark.parametrize("name", SINGLY)
@@ -101,7 +102,7 @@ def test_errors_cover_fresh_data():
 
 
 def test_unkept_promises_leave_a_silent_neuron():
-    move = Sprout("0", torch.ones(2), torch.ones(1), 0.5, "", torch.ones(3, 1), torch.ones(1))
+    move = Sprout("0", torch.ones(2), torch.ones(1), 0.5, "", (torch.ones(3, 1), torch.ones(1, 1)), torch.ones(1))
     kept, broken = Promise(move, -1.0, 0.1, True), Promise(move, -1.0, 0.9, False)
     assert kept.at(0.5).predicted_decrease == 0.5 - 0.25 * 0.5
     assert torch.equal(kept.at(0.5).outgoing, torch.full((1,), 0.5))
@@ -109,7 +110,7 @@ def test_unkept_promises_leave_a_silent_neuron():
     silent = broken.at(1.0)
     assert silent.predicted_decrease == 0
     assert "silent" in silent.reason
-    assert not any(change.any() for change in (silent.outgoing, silent.others, silent.biases))
+    assert not silent.outgoing.any() and silent.others is None and silent.biases is None
     assert torch.equal(silent.incoming, move.incoming)
 
 

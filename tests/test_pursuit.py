@@ -10,12 +10,12 @@ from torch import nn
 from zoo import ZOO, in_turn, mse
 
 from splitwatch import Grower, GrowthPolicy, Probe, grow, measure_geometry, plan_growth
-from splitwatch.growth import mixture, pursuit
+from splitwatch.growth import mixture, pursuit, seedbed
 from splitwatch.growth.cost import duplicate
 from splitwatch.growth.grow import count_parameters, widened
-from splitwatch.growth.pursuit import ascend, candidates, pursue, select, sized
-from splitwatch.growth.search import searched
-from splitwatch.growth.seedbed import RIDGE, THRESHOLD, Seedbed, rebalance
+from splitwatch.growth.pursuit import ascend, candidates, pursue, rebalance, select, sized
+from splitwatch.growth.search import scale, searched
+from splitwatch.growth.seedbed import RIDGE, THRESHOLD, Seedbed
 from splitwatch.records import GrowthPlan, Split, Sprout, UnsupportedLayerError
 
 torch.set_num_threads(1)
@@ -85,8 +85,7 @@ def test_gains_are_the_slopes_of_the_loss(name, layer_name):
             move = Sprout(layer.name, w[k], unit, others=others, biases=biases)
             losses = []
             for size in (1e-5, -1e-5):
-                changes = {key: getattr(move, key) * size for key in ("outgoing", "others", "biases")}
-                with widened(model, GrowthPlan((layer,), (replace(move, **changes),), "")):
+                with widened(model, GrowthPlan((layer,), (scale(move, size),), "")):
                     losses.append(probe.loss(model, "fitted"))
             slope = (losses[0] - losses[1]) / 2e-5
             if any("conv" in type(model.get_submodule(c.name)).__name__.lower() for c in layer.consumers):
@@ -198,8 +197,9 @@ def test_ascent_raises_scores(name):
         assert (after[able] / before[able]).log().mean() > 0
 
 
-def test_every_step_of_the_ascent_takes_another_batch():
+def test_every_step_of_the_ascent_takes_another_batch(monkeypatch):
     """Its statistics are those of a probe that holds nothing else, but for what existing features span."""
+    monkeypatch.setattr(seedbed, "SEEN", 9)
     model, _ = settled()
     torch.manual_seed(1)
     batches = [(torch.randn(n, 4, dtype=torch.float64), torch.randn(n, 1, dtype=torch.float64)) for n in (20, 9, 30, 9)]
@@ -216,6 +216,31 @@ def test_every_step_of_the_ascent_takes_another_batch():
         rise = (up.gain.square().sum(1) / up.norm).log() - (down.gain.square().sum(1) / down.norm).log()
         assert torch.allclose((alone.slope(w) * along).sum(1), rise / 2e-6, rtol=1e-5)
         assert torch.allclose(bed.at(step).measure(w, pairs=False).scores, alone.measure(w).scores)
+
+
+def test_the_size_of_batches_hardly_matters():
+    """Where all rows fit into a step, the same neurons are chosen whatever the batches are."""
+    model, whole = settled(n=240)
+    (x, y), held_out = whole.fitted[0], whole.held_out
+    small = Probe([*zip(x.split(7), y.split(7), strict=True), *held_out], mse)
+    small.fitted, small.held_out = tuple(zip(x.split(7), y.split(7), strict=True)), held_out
+    chosen = [pursue(model, only(model, p, "0"), p, 3, max_bytes=BYTES).incoming for p in (whole, small)]
+    assert len(x) <= seedbed.SEEN < 2 * len(x)
+    assert torch.allclose(*chosen, rtol=1e-6)
+
+
+def test_more_neurons_are_found_than_candidates_are_tried_beyond_them(monkeypatch):
+    monkeypatch.setattr(pursuit, "MOST", 4)
+    model, probe = settled(n=400)
+    assert len(pursue(model, only(model, probe, "0"), probe, 9, max_bytes=BYTES).sprouts()) > 4
+
+
+def test_what_new_neurons_change_in_existing_weights_takes_little_memory():
+    model, probe = settled(n=400)
+    layer = only(model, probe, "0")
+    for move in pursue(model, layer, probe, 2, max_bytes=BYTES).sprouts():
+        assert [factor.shape for factor in move.others] == [(layer.width, 1), (1, 1)]
+        assert scale(move, 0.0).others is None
 
 
 def test_new_neurons_have_a_ridge_on_their_outgoing_weights():

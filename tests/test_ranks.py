@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_metrics import EXACT, every_metric
 from torch import distributed, multiprocessing, nn
+from torch.utils._pytree import tree_leaves
 
 from splitwatch import (
     Grower,
@@ -171,7 +172,8 @@ def pursued(name, rank=None):
         policy = GrowthPolicy(moves=moves, max_flops=1.8 * count_flops(model, probe), per="flop")
         plan = plan_growth(model, geometry, probe, policy, layers=layers)
         decreases = plan.predicted_decrease, plan.fitted_decrease, plan.held_out_decrease
-        tensors = [[x for x in map(move.__getattribute__, WEIGHTS[type(move)]) if x is not None] for move in plan.moves]
+        weights = [[getattr(move, name) for name in WEIGHTS[type(move)]] for move in plan.moves]
+        tensors = [[leaf for leaf in tree_leaves(values) if leaf is not None] for values in weights]
         plans[moves] = [str(plan), decreases, plan.line_search, plan.step_search, tensors]
     return {"beds": found, "plans": plans, "flops": count_flops(model, probe)}
 

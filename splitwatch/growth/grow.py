@@ -103,8 +103,9 @@ def _check_finite(plan: GrowthPlan) -> None:
     for move in plan.moves:
         names = ("in_offset", "out_offset") if isinstance(move, Split) else ("incoming", "outgoing", "others", "biases")
         for name in names:
-            tensor = getattr(move, name)
-            if tensor is not None and not bool(tensor.isfinite().all()):
+            value = getattr(move, name)
+            tensors = value if isinstance(value, tuple) else () if value is None else (value,)
+            if not all(bool(tensor.isfinite().all()) for tensor in tensors):
                 raise SplitWatchError(
                     f"plan: required finite numbers in every move, found nan or inf in {name} of {move}; plan again"
                 )

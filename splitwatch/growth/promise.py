@@ -20,7 +20,7 @@ from splitwatch.geometry.ends import channels, outgoing_gradient
 from splitwatch.growth.grow import widened
 from splitwatch.growth.search import scale
 from splitwatch.probe import LayerTrace, Probe, mean_with_error
-from splitwatch.ranks import share_of
+from splitwatch.ranks import share_of, summed_number
 from splitwatch.records import GrowthPlan, HiddenLayer, Sprout
 
 PARTS = 8
@@ -71,12 +71,14 @@ def promises(model: nn.Module, layers: Sequence[HiddenLayer], sprouts: Sequence[
     """
     mine = {layer: [move for move in sprouts if move.layer == layer.name] for layer in layers}
     mine = {layer: moves for layer, moves in mine.items() if moves}
-    found = [one for group in apart([*mine]) for one in _asked(model, {x: mine[x] for x in group}, probe)]
+    asked = [_asked(model, {x: mine[x] for x in group}, probe) for group in apart([*mine])]
+    found = [one for some, _ in asked for one in some]
     places = {layer.name: i for i, layer in enumerate(mine)}
     found.sort(key=lambda one: places[one.sprout.layer])
     with np.errstate(divide="ignore", invalid="ignore"):
         t = np.divide([one.slope for one in found], [one.error for one in found])
-    kept = _discovered(stdtr(PARTS - 1, t).tolist())  # nan of a single part is never below a bar
+    freedom = max((parts for _, parts in asked), default=1) - 1
+    kept = _discovered(stdtr(freedom, t).tolist())  # nan of a single part is never below a bar
     return [replace(one, kept=yes) for one, yes in zip(found, kept, strict=True)]
 
 
@@ -101,8 +103,10 @@ def apart(layers: Sequence[HiddenLayer]) -> list[list[HiddenLayer]]:
     return [group for group, _ in groups]
 
 
-def _asked(model: nn.Module, sprouts: Mapping[HiddenLayer, Sequence[Sprout]], probe: Probe) -> list[Promise]:
-    """Slopes of the held-out loss along the sprouts' changes, with their standard errors."""
+def _asked(
+    model: nn.Module, sprouts: Mapping[HiddenLayer, Sequence[Sprout]], probe: Probe
+) -> tuple[list[Promise], float]:
+    """Slopes of the held-out loss along the sprouts' changes, with their errors, and how many parts these are of."""
     moves = [move for some in sprouts.values() for move in some]
     silent = GrowthPlan(tuple(sprouts), tuple(scale(move, 0.0) for move in moves), "")
     wide = [replace(layer, width=layer.width + len(some)) for layer, some in sprouts.items()]
@@ -113,7 +117,10 @@ def _asked(model: nn.Module, sprouts: Mapping[HiddenLayer, Sequence[Sprout]], pr
             weights.append(next(iter(traces.values())).share)
     slopes = torch.stack(values)
     found = mean_with_error(slopes, slopes.new_tensor(weights) * share_of(probe.samples("held_out")))
-    return [Promise(move, float(slope), float(error), False) for move, slope, error in zip(moves, *found, strict=True)]
+    items = zip(moves, *found, strict=True)
+    return [Promise(move, float(slope), float(error), False) for move, slope, error in items], summed_number(
+        len(values)
+    )
 
 
 def _along(trace: LayerTrace, width: int, sprouts: Sequence[Sprout]) -> Tensor:
@@ -125,6 +132,7 @@ def _along(trace: LayerTrace, width: int, sprouts: Sequence[Sprout]) -> Tensor:
     biases = torch.cat([gradient.new_zeros(0), *biases])
     slopes = []
     for move, own in zip(sprouts, gradient[width:], strict=True):
-        changes = (move.outgoing, own), (move.others, gradient[:width]), (move.biases, biases)
+        left, right = move.others or (gradient.new_zeros(width, 0), gradient.new_zeros(0, len(own)))
+        changes = (move.outgoing, own), (right, left.to(gradient).T @ gradient[:width]), (move.biases, biases)
         slopes.append(sum((change.to(slope) * slope).sum() for change, slope in changes if change is not None))
     return torch.stack([torch.as_tensor(slope) for slope in slopes])

@@ -23,14 +23,14 @@ from splitwatch.geometry.narrow import LossCurvature
 from splitwatch.geometry.response import GRAPH
 from splitwatch.growth.grow import widened
 from splitwatch.growth.search import Candidate, scale
-from splitwatch.growth.seedbed import RIDGE, THRESHOLD, Measured, Reader, Seedbed, rebalance
+from splitwatch.growth.seedbed import RIDGE, SEEN, THRESHOLD, Measured, Reader, Seedbed
 from splitwatch.precision import full_precision
 from splitwatch.probe import Probe
 from splitwatch.ranks import largest_over_ranks
 from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, Sprout
 
 POOL, MOST = 2, 512
-"""Candidates tried in a layer, relative to the neurons wanted, and the most; twice as many gained nothing."""
+"""Candidates tried in a layer, relative to the neurons wanted, and the most beyond them; more gained nothing."""
 LEAST, KEPT = 32, 8
 """Fewest candidates, and fewest of them that are improved: where few neurons are wanted there has to be a choice.
 
@@ -79,12 +79,27 @@ class Seedlings:
         gain, left = self.measured.gain, self.measured.left + RIDGE * self.measured.norm.diag()
         size = left.diagonal().sqrt()[:, None]
         outgoing = -torch.linalg.solve(left / size / size.T, gain / size) / size
-        moves = []
-        for w, v, g, a in zip(self.incoming, outgoing, gain, self.measured.combination.T, strict=True):
-            changes = [change.to(w).cpu() for change in (v, *rebalance(self.readers, a, v))]
-            fall = -0.5 * float(g @ v)
-            moves.append(Sprout(self.layer.name, w.cpu(), changes[0], fall, "", changes[1], changes[2]))
+        moves, falls = [], (-0.5 * (gain * outgoing).sum(1)).tolist()
+        for w, v, fall, a in zip(self.incoming, outgoing, falls, self.measured.combination.T, strict=True):
+            (left, right), biases = rebalance(self.readers, a, v)
+            w, v, left, right, biases = (part.to(w).cpu() for part in (w, v, left, right, biases))
+            moves.append(Sprout(self.layer.name, w, v, fall, "", (left, right), biases))
         return tuple(moves)
+
+
+def rebalance(readers: Sequence[Reader], combination: Tensor, outgoing: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """What takes φ − φ⊥ out: factors of a change (m, c) of existing outgoing weights, and the biases' (outputs,).
+
+    Args:
+        readers: the layer's consumers.
+        combination: how existing neurons and the consumers' biases make φ − φ⊥ of one new neuron, (m + biases,).
+        outgoing: the new neuron's outgoing weights, (c,).
+    """
+    biased = sum(reader.has_bias for reader in readers)
+    neurons, constants = combination[: len(combination) - biased], iter(combination[len(combination) - biased :])
+    parts = zip(readers, outgoing.split([reader.size for reader in readers]), strict=True)
+    biases = [-next(constants) * part.reshape(x.outputs, -1).sum(1) for x, part in parts if x.has_bias]
+    return (-neurons[:, None], outgoing[None]), torch.cat([outgoing[:0], *biases])
 
 
 def pursue(
@@ -114,9 +129,9 @@ def pursue(
     Raises:
         UnsupportedLayerError: the layer cannot hold new neurons.
     """
-    count = min(max(LEAST, POOL * wanted), MOST, max(1, wanted, _room(model, layer, probe, max_bytes)))
+    count = max(wanted, min(max(LEAST, POOL * wanted), MOST, max(1, _room(model, layer, probe, max_bytes))))
     with full_precision():
-        bed = Seedbed(model, layer, probe, count, max_bytes, most=1)
+        bed = Seedbed(model, layer, probe, count, max_bytes, rows=SEEN)
         w = candidates(bed, geometry, seed)
         w = w[bed.measure(w, pairs=False).scores.argsort(descending=True, stable=True)[: max(wanted, KEPT)]]
         bed = Seedbed(model, layer, probe, len(w), max_bytes)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice
 from math import inf, isfinite
 
 import torch
@@ -26,8 +25,8 @@ from splitwatch.probe import Probe, paired_error
 from splitwatch.ranks import summed_number
 from splitwatch.records import GrowthPlan, HiddenLayer, Split
 
-BATCHES, TOLERANCE = 2, 0.1
-"""What the curvature is seen on, and how well it is solved for; all batches and 1 % gained nothing."""
+SEEN, TOLERANCE = 256, 0.1
+"""Samples of each rank that the curvature is seen on, and how well it is solved for; more and 1 % gained nothing."""
 
 REACHES = (0.03, 0.1, 0.3)
 """How far copies may part, relative to the norm of the incoming weights."""
@@ -49,9 +48,7 @@ def halves(model: nn.Module, layer: HiddenLayer, probe: Probe, count: int, max_b
     if not count:
         return []
     with full_precision():
-        batches = Sweep(model, probe, [layer], "fitted", max_bytes).batches()
-        parts = [batch[layer.name] for batch in islice(batches, BATCHES)]
-        seen = LayerCurvature.of(layer, parts, 1 / summed_number(sum(part.trace.share for part in parts)))
+        seen = _seen(model, layer, probe, max_bytes)
         if bool(seen.proven()[:, 0].all()):  # as next to piecewise linear activations
             return []
         size = {"m": layer.width, "n": seen.d, "dtype": seen.outgoing.dtype, "device": seen.outgoing.device}
@@ -62,6 +59,17 @@ def halves(model: nn.Module, layer: HiddenLayer, probe: Probe, count: int, max_b
     best = [r for r in falls.argsort(descending=True, stable=True).tolist() if falls[r] > 0][:count]
     still = torch.zeros(2, v.shape[1], dtype=v.dtype)
     return [Split(layer.name, r, EQUAL, torch.stack([offset[r], -offset[r]]), still, float(falls[r])) for r in best]
+
+
+def _seen(model: nn.Module, layer: HiddenLayer, probe: Probe, max_bytes: int) -> LayerCurvature:
+    """The layer on the first batches of each rank's fitted half; every sample counts the same."""
+    parts, samples = [], 0
+    for batch in Sweep(model, probe, [layer], "fitted", max_bytes).batches():
+        parts.append(batch[layer.name])
+        samples += parts[-1].trace.size
+        if samples >= SEEN:
+            break
+    return LayerCurvature.of(layer, parts, probe.samples("fitted") / summed_number(samples))
 
 
 def refined(model: nn.Module, plan: GrowthPlan, splits: Sequence[Split], probe: Probe) -> GrowthPlan:
@@ -81,4 +89,4 @@ def refined(model: nn.Module, plan: GrowthPlan, splits: Sequence[Split], probe: 
     parted = [
         replace(stretch(move, best), predicted_decrease=move.predicted_decrease * share, reason=told) for move in splits
     ]
-    return replace(plan, moves=(*plan.moves, *parted), offset=best)
+    return replace(plan, moves=(*plan.moves, *parted), offset=plan.offset or best)

@@ -85,8 +85,13 @@ def stretch(move: Split, factor: float) -> Split:
 
 def scale(move: Sprout, step: float) -> Sprout:
     """A sprout with what it adds to outgoing weights and biases times a step; its prediction is left as it is."""
-    changes = {name: getattr(move, name) for name in ("outgoing", "others", "biases")}
-    return replace(move, **{name: value * step for name, value in changes.items() if value is not None})
+    others, biases = move.others, move.biases
+    return replace(
+        move,
+        outgoing=move.outgoing * step,
+        others=None if others is None or not step else (others[0], others[1] * step),
+        biases=None if biases is None or not step else biases * step,
+    )
 
 
 def advance(move: Sprout, step: float) -> Sprout:

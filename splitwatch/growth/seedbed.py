@@ -41,6 +41,9 @@ Features of which existing ones leave a hundredth would get a tenfold weight for
 losses after growth scattered so widely without it that some runs never recovered.
 """
 
+SEEN = 128
+"""Rows that a step of the search sees at least, of as many batches as it takes: on 8 it chooses worse neurons."""
+
 THRESHOLD = 1e-3
 """Share of ‖φ‖² that has to be left in ‖φ⊥‖² for a neuron to count as new."""
 
@@ -98,21 +101,6 @@ class Reader:
     has_bias: bool
 
 
-def rebalance(readers: Sequence[Reader], combination: Tensor, outgoing: Tensor) -> tuple[Tensor, Tensor]:
-    """Changes of existing outgoing weights (m, c) and of the consumers' biases (outputs,) that take φ − φ⊥ out.
-
-    Args:
-        readers: the layer's consumers.
-        combination: how existing neurons and the consumers' biases make φ − φ⊥ of one new neuron, (m + biases,).
-        outgoing: the new neuron's outgoing weights, (c,).
-    """
-    biased = sum(reader.has_bias for reader in readers)
-    neurons, constants = combination[: len(combination) - biased], iter(combination[len(combination) - biased :])
-    parts = zip(readers, outgoing.split([reader.size for reader in readers]), strict=True)
-    biases = [-next(constants) * part.reshape(x.outputs, -1).sum(1) for x, part in parts if x.has_bias]
-    return -torch.outer(neurons, outgoing), torch.cat([outgoing[:0], *biases])
-
-
 class Seedbed:
     """A layer with room for k new neurons.
 
@@ -122,14 +110,14 @@ class Seedbed:
         probe: its fitted half is measured on.
         count: k.
         max_bytes: what may be kept of the traces; batches beyond it are left out.
-        most: so many batches of each rank at most.
+        rows: no more batches of each rank than it takes for so many rows.
 
     Raises:
         UnsupportedLayerError: the layer cannot hold new neurons (a depthwise convolution needs a kernel for each).
     """
 
     def __init__(
-        self, model: nn.Module, layer: HiddenLayer, probe: Probe, count: int, max_bytes: int, most: int | None = None
+        self, model: nn.Module, layer: HiddenLayer, probe: Probe, count: int, max_bytes: int, rows: int | None = None
     ) -> None:
         incoming, outgoing = neuron_weights(model, layer)
         self.layer, self.count, self.incoming = layer, count, incoming
@@ -141,7 +129,7 @@ class Seedbed:
             for traces in probe.traces(model, [wide], "fitted"):
                 self.beds.append(self._bed(traces[layer.name]))
                 full = sum(bed.nbytes for bed in self.beds) * (1 + 1 / len(self.beds)) > max_bytes
-                if full or len(self.beds) == most:
+                if full or (rows is not None and sum(len(bed.features) for bed in self.beds) >= rows):
                     break
         maps = zip(layer.consumers, self.beds[0].trace.consumers, strict=True)
         shapes = [(where.stride, x.weight_shape, x.has_bias) for where, x in maps]
@@ -153,9 +141,11 @@ class Seedbed:
         self.known = self.inverse @ slope  # what the existing weights would do about their own slope, (b, c)
 
     def at(self, step: int) -> Seedbed:
-        """The same with one batch of each rank, another at every step; what existing features span stays as it is."""
-        one = copy(self)
-        one.beds, one.whole = _shared([self.beds[step % len(self.beds)]]), everywhere(len(self.beds) == 1)
+        """The same with a part of each rank's batches, others at every step; what existing features span stays."""
+        one, n = copy(self), len(self.beds)
+        count = min(n, -(-SEEN // len(self.beds[0].features)))
+        one.beds = _shared([self.beds[(step * count + i) % n] for i in range(count)])
+        one.whole = everywhere(count == n)
         return one
 
     def measure(self, w: Tensor, *, pairs: bool = True) -> Measured:

@@ -130,8 +130,9 @@ def _widening(model: nn.Module, layer: HiddenLayer, moves: Sequence[Split | Spro
     like = submodule(model, layer.producers[0]).weight
     out_offset = torch.stack([neuron.out_offset.to(like) for neuron in neurons])
     sprouts = [move for move in moves if isinstance(move, Sprout)]
-    for move in sprouts:
-        out_offset[: layer.width] += 0 if move.others is None else move.others.to(like)
+    if factors := [move.others for move in sprouts if move.others is not None]:
+        left, right = zip(*factors, strict=True)
+        out_offset[: layer.width] += (torch.cat(left, dim=1).double() @ torch.cat(right).double()).to(like)
     biases = [move.biases.to(like) for move in sprouts if move.biases is not None]
     order = _by_group(layer, [neuron.source for neuron in neurons])
     return Widening(
@@ -161,6 +162,9 @@ def _by_group(layer: HiddenLayer, source: Sequence[int]) -> list[int]:
 def _check_move(move: Split | Sprout, layer: HiddenLayer, d: int, c: int, split: set[int]) -> None:
     if isinstance(move, Sprout):
         found, required = (tuple(move.incoming.shape), tuple(move.outgoing.shape)), ((d,), (c,))
+        if move.others is not None:
+            found += tuple(tuple(factor.shape) for factor in move.others)
+            required += (layer.width, rank := len(move.others[1])), (rank, c)
         if any("conv" in operation for operation in layer.operations):
             raise UnsupportedLayerError(f"plan: a sprout in {layer.name} has no kernel for its depthwise convolution")
         if layer.groups > 1:
