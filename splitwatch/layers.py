@@ -68,6 +68,21 @@ def select_layers(
     return tuple(by_name[name] for name in names)
 
 
+def check_names(model: nn.Module, names: Sequence[str] | None) -> None:
+    """Refuse names of layers that a model does not have, which is known before the loss is.
+
+    Raises:
+        SplitWatchError: a name does not exist.
+    """
+    known = dict(plain_modules(model))
+    if missing := [name for name in names or () if name not in known]:
+        weighty = ", ".join(name for name, module in known.items() if _holds_weights(module))
+        raise SplitWatchError(
+            f"layers: required dotted names of the model's modules, found {missing[0]!r}; "
+            f"choose from {weighty or 'none'}"
+        )
+
+
 class Discovery:
     """Finds the hidden layers of one recorded loss."""
 
