@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from splitwatch.linear_map import SUPPORTED, LinearCall, linear_call
 from splitwatch.tape import Call, Tape, Value
@@ -61,10 +62,6 @@ class Anatomy:
         owners = self.owners.get(id(tensor))
         return owners[0] if owners else None
 
-    def weight_uses(self, tensor: Tensor) -> int:
-        """How often a tensor is read by the loss."""
-        return len(self.tape.uses[self.tape.value(tensor)])
-
     def describe(self, call: Call) -> str:
         """A call in words: its function, and the module whose parameter it reads."""
         for leaf in call.leaves:
@@ -112,3 +109,21 @@ def plain_module(model: nn.Module, name: str = "") -> Any:
 def is_depthwise(call: LinearCall) -> bool:
     """Whether a convolution keeps every channel to itself, as an operation on a path does."""
     return call.groups > 1 and call.groups == call.weight.shape[0] and call.weight.shape[1] == 1
+
+
+def holds_weights(module: nn.Module) -> bool:
+    """Whether a module holds a matrix of weights of its own, or computes one."""
+    parameters = (p for p in module._parameters.values() if p is not None)
+    stored = is_quantised(module) and callable(getattr(module, "weight", None))
+    return any(p.ndim > 1 for p in parameters) or hasattr(module, "parametrizations") or stored
+
+
+def is_computed(module: nn.Module) -> bool:
+    """Whether weight or bias is no parameter: what ``torch.nn.utils`` computes by hooks is an ordinary attribute."""
+    hooked = any(isinstance(vars(module).get(name), Tensor) for name in ("weight", "bias"))
+    return parametrize.is_parametrized(module) or hooked
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether a module comes from torch's quantisation."""
+    return "quantized" in type(module).__module__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from splitwatch.anatomy import Anatomy, Slice
 from splitwatch.linear_map import LinearCall
-from splitwatch.records import UnsupportedLayerError
+from splitwatch.records import Consumer, UnsupportedLayerError
 from splitwatch.tape import Call, Path, Value, evaluate, is_floating
 
 
@@ -140,3 +141,20 @@ def _random_pair(call: LinearCall) -> tuple[Tensor, Tensor]:
     scale = z.std() if z.numel() > 1 and bool(z.std() > 0) else z.new_ones(())
     first, second = _normal(z, 2 * call.index) * scale, _normal(z, 2 * call.index + 1) * scale
     return first, torch.where(first > 0, -second.abs(), second.abs())
+
+
+def block(name: str, columns: list[int], width: int) -> Consumer:
+    """The contiguous block of a consumer's columns that reads the neurons in order.
+
+    Raises:
+        UnsupportedLayerError: there is none.
+    """
+    members = [j for j, channel in enumerate(columns) if channel >= 0]
+    if not members:
+        raise UnsupportedLayerError(f"what its consumer {name} reads does not depend on it")
+    stride = max(Counter(columns[j] for j in members).values())
+    start = members[0] - (columns[members[0]] * stride)
+    expected = {start + r * stride + p: r for r in range(width) for p in range(stride)}
+    if start < 0 or any(columns[j] != expected.get(j) for j in members):
+        raise UnsupportedLayerError(f"its consumer {name} reads the neurons in an order that cannot be widened")
+    return Consumer(name, start, stride)

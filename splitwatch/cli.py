@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from splitwatch.records import HiddenLayer, SplitWatchError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from splitwatch.probe import Probe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except SplitWatchError as error:
-        Console(stderr=True).print(f"[bold red]splitwatch:[/bold red] {error}", highlight=False)
+        Console(stderr=True).print(f"[bold red]splitwatch:[/bold red] {escape(str(error))}", highlight=False)
         return 1
     return 0
 
@@ -32,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="a narrow network gets stuck on digits, is diagnosed, widened, freed")
     demo.add_argument("--logdir", type=Path, default=Path("runs/demo"), help="where TensorBoard's files go")
     demo.add_argument("--seed", type=int, default=0)
-    demo.add_argument("--steps", type=int, default=4200, help="training steps of each of the three runs")
+    demo.add_argument("--steps", type=_count, default=4200, help="training steps of each of the three runs")
     demo.set_defaults(run=_demo)
     inspect = commands.add_parser("inspect", help="what can be widened in a model, or how a checkpoint grew")
     inspect.add_argument("target", help="a checkpoint file, or package.module:function that returns (model, probe)")
@@ -48,9 +54,16 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("logdir", type=Path)
     report.set_defaults(run=_report)
     bench = commands.add_parser("bench", help="what measuring costs on this machine, against a training step")
-    bench.add_argument("--width", type=int, default=512, help="neurons in each of the two hidden layers")
+    bench.add_argument("--width", type=_count, default=512, help="neurons in each of the two hidden layers")
     bench.set_defaults(run=_bench)
     return parser
+
+
+def _count(text: str) -> int:
+    """A whole number that counts something, from the command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"required a whole number ≥ 1, found {text!r}")
+    return int(text)
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -82,7 +95,7 @@ def layer_table(layers: Sequence[HiddenLayer], redundant: Mapping[str, int], tol
         table.add_column(heading)
     for layer in layers:
         words = f"no: {layer.reason}" if layer.reason else "yes: " + str(layer).split(": ", 2)[2]
-        table.add_row(layer.name, str(layer.width or ""), str(redundant.get(layer.name, "")), words)
+        table.add_row(layer.name, str(layer.width or ""), str(redundant.get(layer.name, "")), escape(words))
     return table
 
 
@@ -90,15 +103,28 @@ def _redundant_at(tolerance: float) -> str:
     return f"redundant neurons at relative tolerance {tolerance:g}"
 
 
-def _load(target: str) -> Any:
+def _load(target: str) -> tuple[nn.Module, Probe]:
     """Call ``package.module:function`` with the working directory on the path."""
-    name, _, attribute = target.partition(":")
+    from torch import nn
+
+    from splitwatch.growth.policy import imported
+    from splitwatch.probe import Probe
+
     sys.path.insert(0, str(Path.cwd()))
+    function = imported("target", target)
     try:
-        function = getattr(importlib.import_module(name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise SplitWatchError(f"target: required package.module:function, found {target!r}: {error}") from error
-    return function()
+        signature(function).bind()
+    except (TypeError, ValueError) as error:
+        raise SplitWatchError(
+            f"target: required a function without arguments, found {target!r}: {error}; give them defaults"
+        ) from error
+    match function():
+        case (nn.Module() as model, Probe() as probe):
+            return model, probe
+        case found:
+            raise SplitWatchError(
+                f"target: required a function that returns (model, probe), found {type(found).__name__} from {target!r}"
+            )
 
 
 def _history_table(path: Path, tolerance: float) -> Table:
@@ -106,9 +132,8 @@ def _history_table(path: Path, tolerance: float) -> Table:
     from splitwatch.growth.stored import stored_redundancy
 
     history, redundant = read_history(path), stored_redundancy(path, tolerance)
-    title = (
-        f"Growth recorded in {path.name}, {_redundant_at(tolerance)}" if history else f"{path.name} records no growth"
-    )
+    name = escape(path.name)
+    title = f"Growth recorded in {name}, {_redundant_at(tolerance)}" if history else f"{name} records no growth"
     table = Table(title=title)
     for heading in ("layer", "widths", "redundant", "consumers"):
         table.add_column(heading)

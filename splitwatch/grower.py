@@ -23,7 +23,7 @@ from splitwatch.growth.plan import plan_growth
 from splitwatch.growth.policy import GrowthPolicy
 from splitwatch.growth.replicas import bare, bare_optimizers, follow
 from splitwatch.growth.shards import check_shards, whole
-from splitwatch.layers import find_hidden_layers, select_layers
+from splitwatch.layers import check_names, find_hidden_layers, select_layers
 from splitwatch.probe import LossFunction, Probe
 from splitwatch.ranks import is_first
 from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry
@@ -77,6 +77,7 @@ class Grower:
         self.model, self.replica = bare(model)
         self.optimizers = bare_optimizers(optimizer)
         self.policy = policy or GrowthPolicy()
+        check_names(self.model, self.policy.layers)
         self.monitor_only, self.sinks, self.progress = monitor_only, list(sinks), progress
         check_shards(self.model, grows=not monitor_only, control=bool(self.policy.control))
         self.watcher = Watcher(self.policy, loss_fn, probe, growing=not monitor_only)

@@ -8,7 +8,6 @@ which channels each of them depends on. What cannot be widened is reported with 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from math import lcm
@@ -16,10 +15,18 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from splitwatch.anatomy import Anatomy, Slice, is_depthwise, plain_module, plain_modules
-from splitwatch.channels import ChannelCodes, pre_activation
+from splitwatch.anatomy import (
+    Anatomy,
+    Slice,
+    holds_weights,
+    is_computed,
+    is_depthwise,
+    is_quantised,
+    plain_module,
+    plain_modules,
+)
+from splitwatch.channels import ChannelCodes, block, pre_activation
 from splitwatch.handlers import has_rows
 from splitwatch.linear_map import SUPPORTED, LinearCall
 from splitwatch.records import Consumer, HiddenLayer, SplitWatchError, UnsupportedLayerError
@@ -68,20 +75,36 @@ def select_layers(
     return tuple(by_name[name] for name in names)
 
 
+def check_names(model: nn.Module, names: Sequence[str] | None) -> None:
+    """Refuse names of layers that a model does not have, which is known before the loss is.
+
+    Raises:
+        SplitWatchError: a name does not exist.
+    """
+    known = dict(plain_modules(model))
+    if missing := [name for name in names or () if name not in known]:
+        weighty = ", ".join(name for name, module in known.items() if holds_weights(module))
+        raise SplitWatchError(
+            f"layers: required dotted names of the model's modules, found {missing[0]!r}; "
+            f"choose from {weighty or 'none'}"
+        )
+
+
 class Discovery:
     """Finds the hidden layers of one recorded loss."""
 
     def __init__(self, model: nn.Module, tape: Tape, loss: Tensor) -> None:
         self.model, self.tape = model, tape
         self.anatomy = Anatomy(model, tape)
-        self.loss = tape.value(loss)
+        self.loss, self.root = tape.value(loss), loss
+        self.used = set(tape.upstream([self.loss], range(len(tape.calls))))
 
     def layers(self) -> tuple[HiddenLayer, ...]:
         """One row for every parametrised module, except the further producers of a gated layer."""
         rows: dict[str, HiddenLayer] = {}
         absorbed: set[str] = set()
         order = {name: calls[0].index for name, calls in self.anatomy.calls.items()}
-        modules = [(name, module) for name, module in plain_modules(self.model) if _holds_weights(module)]
+        modules = [(name, module) for name, module in plain_modules(self.model) if holds_weights(module)]
         for name, module in sorted(modules, key=lambda item: order.get(item[0], len(self.tape.calls))):
             if name not in absorbed:
                 rows[name] = self.layer(name, module)
@@ -98,9 +121,9 @@ class Discovery:
 
     def _checked(self, name: str, module: nn.Module, role: str) -> LinearCall:
         """The one call of a module whose weights may be replaced, or a refusal."""
-        if "quantized" in type(module).__module__:
+        if is_quantised(module):
             raise UnsupportedLayerError(f"{role} is quantised ({type(module).__name__})")
-        if _is_computed(module):
+        if is_computed(module):
             raise UnsupportedLayerError(
                 f"{role} is parametrized or pruned: its weights are computed from other tensors"
             )
@@ -110,16 +133,30 @@ class Discovery:
         if any(len(self.anatomy.owners[id(p)]) > 1 for p in parameters):
             raise UnsupportedLayerError(f"{role} has tied weights: {name} shares them with another module")
         calls = self.anatomy.calls.get(name, [])
-        uses = max(self.anatomy.weight_uses(p) for p in parameters)
+        reads = self._reads(parameters)
         if not calls:
-            raise UnsupportedLayerError("its weight is used functionally" if uses else "the loss does not use it")
-        if uses > 1:
-            raise UnsupportedLayerError(f"{role} is used {uses} times in one pass (a shared module or tied weights)")
+            raise UnsupportedLayerError("its weight is used functionally" if reads else "the loss does not use it")
+        products = sum(i in self.anatomy.linear for i in reads)
+        if products > 1:
+            raise UnsupportedLayerError(
+                f"{role} is used {products} times in one pass (a shared module or tied weights)"
+            )
+        if len(reads) > products:
+            other = next(self.tape.calls[i].name for i in reads if i not in self.anatomy.linear)
+            raise UnsupportedLayerError(
+                f"{role} has weights that {other} reads too, as penalties do; "
+                "pass a loss_fn without them and use the optimizer's weight_decay"
+            )
         if any(p.is_complex() for p in parameters):
             raise UnsupportedLayerError(f"{role} has complex weights")
         if not all(p.requires_grad for p in parameters):
             raise UnsupportedLayerError(f"{role} is frozen: its parameters do not require gradients")
         return calls[0]
+
+    def _reads(self, tensors: Iterable[Tensor]) -> list[int]:
+        """Products with some weights, and whatever else the loss makes of them; what is only logged is none of it."""
+        calls = sorted({i for tensor in tensors for i in self.tape.uses[self.tape.value(tensor)]})
+        return [i for i in calls if i in self.anatomy.linear or i in self.used]
 
     def _examine(self, width: int, call: LinearCall) -> HiddenLayer:
         producers = [call]
@@ -156,9 +193,18 @@ class Discovery:
             downstream = self.tape.downstream(reaches)
             used = self.loss in reaches or any(self.loss in self.tape.calls[i].results for i in downstream)
             reason = "an output layer: no linear layer reads it" if used else "the loss does not depend on it"
+            if not used and self._reaches_unseen(where):
+                reason = (
+                    "what it puts out enters scripted or compiled code, into which nothing sees; leave that in Python"
+                )
             raise UnsupportedLayerError(reason)
         if self.loss in reaches:
             raise UnsupportedLayerError("an output layer: it also reaches the loss directly")
+
+    def _reaches_unseen(self, where: Slice) -> bool:
+        """Whether autograd knows a way to the loss that the tape does not."""
+        weights = [call.weight for call in where.producers]
+        return any(g is not None for g in torch.autograd.grad(self.root, weights, retain_graph=True, allow_unused=True))
 
     def _refuse_streams(self, where: Slice) -> None:
         below = self.tape.downstream(where.starts)
@@ -197,10 +243,12 @@ class Discovery:
             owner_name = name or type(module).__name__
             known = "and cannot be widened" if has_rows(module) else f"and {type(module).__name__} has no handler"
             raise UnsupportedLayerError(f"{owner_name} holds one entry per neuron {known}")
-        if _is_computed(module):
+        if is_computed(module):
             raise UnsupportedLayerError(f"{name} is parametrized or pruned and holds one entry per neuron")
-        if self.anatomy.weight_uses(tensor) > 1 or len(self.anatomy.owners[id(tensor)]) > 1:
-            raise UnsupportedLayerError(f"{name} holds one entry per neuron but is shared with another layer")
+        if len(self._reads([tensor])) > 1 or len(self.anatomy.owners[id(tensor)]) > 1:
+            raise UnsupportedLayerError(
+                f"{name} holds one entry per neuron but is shared with another layer or a penalty"
+            )
         return name
 
     def _sources(self, call: Call, value: Value) -> list[LinearCall]:
@@ -231,7 +279,7 @@ class Discovery:
         for call in where.consumers:
             name = self._name(call)
             self._checked(name, plain_module(self.model, name), f"its consumer {name}")
-            consumers.append(replace(_block(name, codes.columns(call), width), groups=call.groups))
+            consumers.append(replace(block(name, codes.columns(call), width), groups=call.groups))
         return tuple(consumers)
 
 
@@ -246,30 +294,3 @@ def _grouping(where: Slice, consumers: Sequence[Consumer]) -> tuple[int, str]:
         if where.width % call.groups:
             return 1, f"the groups of its consumer {consumer.name} cut through what one neuron puts out"
     return lcm(*(call.groups for call in (*where.producers, *where.consumers))), ""
-
-
-def _block(name: str, columns: list[int], width: int) -> Consumer:
-    """The contiguous block of a consumer's columns that reads the neurons in order."""
-    members = [j for j, channel in enumerate(columns) if channel >= 0]
-    if not members:
-        raise UnsupportedLayerError(f"what its consumer {name} reads does not depend on it")
-    stride = max(Counter(columns[j] for j in members).values())
-    start = members[0] - (columns[members[0]] * stride)
-    expected = {start + r * stride + p: r for r in range(width) for p in range(stride)}
-    if start < 0 or any(columns[j] != expected.get(j) for j in members):
-        raise UnsupportedLayerError(f"its consumer {name} reads the neurons in an order that cannot be widened")
-    return Consumer(name, start, stride)
-
-
-def _holds_weights(module: nn.Module) -> bool:
-    parameters = (p for p in module._parameters.values() if p is not None)
-    return any(p.ndim > 1 for p in parameters) or hasattr(module, "parametrizations") or _is_quantised(module)
-
-
-def _is_computed(module: nn.Module) -> bool:
-    """Whether weight or bias is no parameter: what ``torch.nn.utils`` computes by hooks is an ordinary attribute."""
-    return parametrize.is_parametrized(module) or not {"weight", "bias"}.isdisjoint(vars(module))
-
-
-def _is_quantised(module: nn.Module) -> bool:
-    return "quantized" in type(module).__module__ and callable(getattr(module, "weight", None))

@@ -89,12 +89,27 @@ def row_of(capsys, title="at relative tolerance 1e-06"):
     [
         (["inspect", "nothing.pt"], "existing file"),
         (["inspect", "no_such_module:build"], "package.module:function"),
+        (["inspect", "[/x]:build"], "found '[/x]:build'"),
+        (["inspect", "math:pi"], "required a function, found float"),
+        (["inspect", "cli_wrong:needy"], "a function without arguments"),
+        (["inspect", "cli_wrong:nothing"], "returns (model, probe), found NoneType"),
+        (["inspect", "cli_wrong.py"], "a file that torch.save wrote"),
+        (["inspect", "."], "a file that torch.save wrote"),
         (["report", "no_such_folder"], "logdir"),
     ],
 )
-def test_bad_arguments_end_in_one_sentence(arguments, words, capsys):
+def test_bad_arguments_end_in_one_sentence(arguments, words, tmp_path, monkeypatch, capsys):
+    (tmp_path / "cli_wrong.py").write_text("def needy(x): return x\n\ndef nothing(): return None\n")
+    monkeypatch.chdir(tmp_path)
     assert main(arguments) == 1
     assert words in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("arguments", [["bench", "--width", "0"], ["demo", "--steps", "-1"], ["demo", "--steps", "x"]])
+def test_counts_below_one_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert f"{arguments[1]}: required a whole number ≥ 1, found {arguments[2]!r}" in capsys.readouterr().err
 
 
 def test_bench_prints_costs_in_training_steps(capsys):

@@ -161,3 +161,9 @@ def test_state_survives_a_round_trip():
 def test_a_policy_that_makes_no_sense_names_the_field(settings):
     with pytest.raises(SplitWatchError, match=next(iter(settings))):
         GrowthPolicy(**settings)
+
+
+def test_layers_that_the_model_lacks_are_refused_before_training():
+    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
+    with pytest.raises(SplitWatchError, match=r"layers: .*found 'nowhere'; choose from 0, 2"):
+        Grower(model, torch.optim.SGD(model.parameters()), mse, GrowthPolicy(layers=["0", "nowhere"]))

@@ -1,5 +1,6 @@
 import copy
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -265,6 +266,8 @@ REFUSALS = {
     "detached": (detached, (3,), "c", "does not depend on it|output layer"),
     "functional weight": (functional_weight, (3,), "a", "not a plain module's"),
     "functional use": (functional_use, (3,), "a", "used functionally"),
+    "scripted activation": (lambda: mlp(torch.jit.script(nn.Softsign())), (3,), "0", "scripted"),
+    "recurrent": (lambda: Module(lambda self, x: self.a(x)[0], a=nn.LSTM(3, 4)), (2, 3), "a", "LSTM is not a layer"),
     "multi-head attention": (attention, (2, 4), "attend", "MultiheadAttention is not a layer type"),
     "batch norm shared by two layers": (shared_norm, (3,), "a", "norm.*shared"),
     "order reversed": (flipped, (3,), "a", "order that cannot be widened"),
@@ -273,6 +276,7 @@ REFUSALS = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 @pytest.mark.parametrize("name", REFUSALS)
 def test_refused_with_the_reason(name):
     build, shape, layer, reason = REFUSALS[name]
@@ -281,6 +285,21 @@ def test_refused_with_the_reason(name):
     assert not layers[layer].growable
     with pytest.raises(UnsupportedLayerError, match=rf"{layer}: cannot be widened: .*({reason})"):
         select_layers(layers.values(), [layer])
+
+
+@pytest.mark.parametrize("parameter", ["weight", "bias"])
+def test_a_penalty_is_named_and_what_is_only_logged_is_not(parameter):
+    """A penalty makes splits change the loss, so it refuses the layer; a norm that nothing reads does not."""
+
+    def loss(model, x, factor):
+        norm = getattr(model[0], parameter).square().sum()
+        return model(x).square().mean() + (factor * norm if factor else 0)
+
+    torch.manual_seed(0)
+    model, x = mlp(), torch.randn(6, 3)
+    penalised, logged = (find_hidden_layers(model, Probe([x], partial(loss, factor=f)))[0] for f in (0.1, 0))
+    assert "square reads too, as penalties do" in penalised.reason
+    assert logged.growable
 
 
 def test_tied_head_and_embedding_are_refused():

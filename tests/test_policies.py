@@ -375,6 +375,18 @@ def test_choosers_that_return_nothing_or_nonsense():
         ({"moves": "even", "max_ratio": None}, r'max_ratio: required a number with moves="even", found None'),
         ({"per": "layer"}, r'per: required "parameter", "neuron" or "flop", found .layer.'),
         ({"max_flops": -1}, r"max_flops: required a number ≥ 0 or None, found -1"),
+        ({"max_neurons": "8"}, r"max_neurons: required a whole number ≥ 0 or None, found '8'"),
+        ({"max_neurons": 1.5}, r"max_neurons: required a whole number ≥ 0 or None, found 1.5"),
+        ({"window": float("nan")}, r"window: required a whole number ≥ 10, found nan"),
+        ({"window": None}, r"window: required a whole number ≥ 10, found None"),
+        ({"max_bytes": float("nan")}, r"max_bytes: required a number ≥ 1, found nan"),
+        ({"rewarm": True}, r"rewarm: required a whole number ≥ 1 or None, found True"),
+        ({"cap": float("inf")}, r"cap: required a finite"),
+        ({"layers": "net.0"}, r"layers: required a list of dotted names or None, found 'net.0'; write \['net.0'\]"),
+        ({"layers": ["0", "0"]}, r"layers: required every name once"),
+        ({"coefficients": (0.5, 0.6)}, r"coefficients must sum to 1; found 1.1"),
+        ({"coefficients": []}, r"coefficients must be two or more"),
+        ({"coefficients": 0.5}, r"coefficients must be finite numbers in one dimension"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(settings, match):

@@ -22,10 +22,11 @@ from zoo import SINGLY, ZOO
 
 from splitwatch.geometry.weights import neuron_weights
 from splitwatch.growth.branch import branch
-from splitwatch.growth.checkpoint import load_grown
-from splitwatch.growth.embedding import inactive_propagation, inactive_units, unit_replication
+from splitwatch.growth.checkpoint import load_grown, recall
+from splitwatch.growth.embedding import critical_embedding, inactive_propagation, inactive_units, unit_replication
 from splitwatch.growth.reduction import critical_reduction, redundancy
 from splitwatch.growth.stored import stored_redundancy
+from splitwatch.layers import find_hidden_layers
 from splitwatch.probe import Probe
 from splitwatch.records import SplitWatchError, UnsupportedLayerError
 
@@ -370,3 +371,73 @@ def test_a_checkpoint_without_growth_tells_nothing(tmp_path):
     assert stored_redundancy(tmp_path / "plain.pt") == {}
     with pytest.raises(SplitWatchError, match="tolerance"):
         stored_redundancy(tmp_path / "plain.pt", tolerance=-1.0)
+
+
+class Joined(nn.Module):
+    """Two hidden layers, whose neurons one consumer reads side by side."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 3), nn.Linear(4, 4), nn.Linear(7, 2)
+
+    def forward(self, x):
+        return self.c(torch.cat([self.a(x).tanh(), self.b(x).sigmoid()], -1))
+
+
+def joined_and_grown():
+    torch.manual_seed(0)
+    model, x = Joined(), torch.randn(20, 4)
+    probe = Probe([x], lambda model, x: model(x).square().mean())
+    for name in "ab":
+        layer = next(layer for layer in find_hidden_layers(model, probe) if layer.name == name)
+        model = critical_embedding(model, layer, 0, (0.5, 0.5))
+    return model, {layer.name: layer for layer in find_hidden_layers(model, probe)}
+
+
+@pytest.mark.parametrize("reduced", ["a", "b", "ab"])
+def test_a_checkpoint_tells_of_layers_beside_a_reduced_one(reduced, tmp_path):
+    model, layers = joined_and_grown()
+    small, _ = critical_reduction(model, [layers[name] for name in reduced])
+    torch.save(small.state_dict(), tmp_path / "small.pt")
+    assert stored_redundancy(tmp_path / "small.pt") == {name: int(name not in reduced) for name in "ab"}
+
+
+def test_the_history_follows_a_narrow_state_dict(tmp_path):
+    model, layers = joined_and_grown()
+    small, _ = critical_reduction(model, [layers["a"]])
+    partly = dict(small.state_dict())  # no metadata: only the shapes tell
+    model.load_state_dict(partly)
+    assert list(recall(model)) == ["b"]
+    torch.save(model.state_dict(), tmp_path / "partly.pt")
+    assert stored_redundancy(tmp_path / "partly.pt") == {"b": 1}
+    model.load_state_dict(Joined().state_dict())
+    assert recall(model) == {}
+
+
+class Versioned(nn.Linear):
+    """A module that keeps more than tensors in a state dict."""
+
+    def get_extra_state(self):
+        return {"version": 3}
+
+    def set_extra_state(self, state):
+        self.version = state["version"]
+
+
+def test_what_modules_keep_beside_tensors_is_loaded(tmp_path):
+    torch.save(nn.Sequential(Versioned(2, 2)).state_dict(), tmp_path / "extra.pt")
+    assert load_grown(lambda: nn.Sequential(Versioned(2, 2)), tmp_path / "extra.pt")[0].version == 3
+
+
+def test_files_that_are_no_checkpoints_are_refused_by_what_they_hold(tmp_path):
+    torch.save({"state_dict": {}, "hyper_parameters": {"act": nn.Tanh()}}, tmp_path / "classes.ckpt")
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "empty.pt").touch()
+    for name, match in [
+        ("classes.ckpt", r"found torch.nn.modules.activation.Tanh in .*add_safe_globals"),
+        ("text.pt", "a file that torch.save wrote"),
+        ("empty.pt", "a file that torch.save wrote"),
+        ("", "a file that torch.save wrote"),
+    ]:
+        with pytest.raises(SplitWatchError, match=f"path: required .*{match}"):
+            load_grown(Joined, tmp_path / name)

@@ -8,17 +8,20 @@ mismatch is the user's and raises torch's own error.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+import pickle
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from splitwatch.anatomy import plain_module, plain_name
 from splitwatch.handlers import columns, rows
-from splitwatch.records import GrowthPlan, SplitWatchError
+from splitwatch.records import GrowthPlan, HiddenLayer, SplitWatchError
 from splitwatch.undisturbed import is_sharded
 
 KEY = "splitwatch"
@@ -37,21 +40,24 @@ class GrowthHistory:
         self.elsewhere: Callable[[], Mapping[str, Any]] = dict
 
     def add(self, plan: GrowthPlan) -> None:
-        """Note what a plan widened; what was noted before is replaced, not changed."""
+        """Note what a plan widened."""
+        added = Counter[str]()
+        for move in plan.moves:
+            added[move.layer] += move.added
+        self.note([(layer, layer.width + added[layer.name]) for layer in plan.layers])
+
+    def note(self, widths: Iterable[tuple[HiddenLayer, int]]) -> None:
+        """Note the new widths of layers, given as they were; what was noted before is replaced, not changed."""
         layers, inserted = deepcopy(self.layers), list[tuple[str, int, int]]()
-        for layer in plan.layers:
-            added = sum(move.added for move in plan.moves if move.layer == layer.name)
-            if added:
+        for layer, width in widths:
+            if width != layer.width:
                 entry = layers.setdefault(layer.name, {"widths": [layer.width]})
                 entry["producers"], entry["riders"] = list(layer.producers), list(layer.riders)
                 entry["consumers"] = [[c.name, c.start, c.stride] for c in layer.consumers]
                 entry["groups"] = layer.groups
-                entry["widths"] = [*entry["widths"], layer.width + added]
-                inserted += [(c.name, c.start, added * c.stride) for c in layer.consumers]
-        for consumer in (c for entry in layers.values() for c in entry["consumers"]):
-            name, start, _ = consumer
-            consumer[1] += sum(count for other, place, count in inserted if other == name and place < start)
-        self.layers = layers
+                entry["widths"] = [*entry["widths"], width]
+                inserted += [(c.name, c.start, (width - layer.width) * c.stride) for c in layer.consumers]
+        self.layers = _shifted(layers, inserted)
 
     def __call__(self, module: nn.Module, state: Any, prefix: str, _local: Any) -> None:
         """State-dict post-hook: put the history into the metadata."""
@@ -65,7 +71,25 @@ class GrowthHistory:
         state, prefix = {plain_name(name): tensor for name, tensor in state.items()}, plain_name(prefix)
         for name in {**self.layers, **stored}:
             _resize(module, state, prefix, stored.get(name) or self.layers[name])
-        self.layers = {**self.layers, **stored}
+        self.layers = {**self._without_narrow(state, prefix, stored), **stored}
+
+    def _without_narrow(self, state: Mapping[str, Any], prefix: str, stored: Mapping[str, Any]) -> dict[str, Any]:
+        """What is left of the history once a state dict is loaded that does not tell of growth, nor shows it."""
+        layers, inserted = deepcopy(self.layers), list[tuple[str, int, int]]()
+        for name, entry in self.layers.items():
+            weight, widths = state.get(f"{prefix}{entry['producers'][0]}.weight"), entry["widths"]
+            if name not in stored and weight is not None and len(weight) == widths[0]:
+                del layers[name]
+                inserted += [(c, start, (widths[0] - widths[-1]) * stride) for c, start, stride in entry["consumers"]]
+        return _shifted(layers, inserted)
+
+
+def _shifted(layers: dict[str, dict[str, Any]], inserted: list[tuple[str, int, int]]) -> dict[str, dict[str, Any]]:
+    """Move the first columns of layers, in place, behind so many columns inserted into (consumer, at, how many)."""
+    for consumer in (c for entry in layers.values() for c in entry["consumers"]):
+        name, start, _ = consumer
+        consumer[1] += sum(count for other, place, count in inserted if other == name and place < start)
+    return layers
 
 
 def make_growable(model: nn.Module) -> GrowthHistory:
@@ -121,7 +145,7 @@ def read_history(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     """The growth that a Lightning checkpoint or a saved state dict records, by layer; empty where there is none.
 
     Raises:
-        SplitWatchError: the file holds no state dict.
+        SplitWatchError: the file holds no state dict, or classes that torch does not load unasked.
     """
     state, checkpoint = read_state(path)
     return stored_history(state)[1] or told_history(checkpoint)
@@ -144,14 +168,40 @@ def stored_history(state: Mapping[str, Any]) -> tuple[str, dict[str, dict[str, A
 
 def read_state(path: str | os.PathLike[str]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """The state dict in a file, and the checkpoint around it."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise SplitWatchError(f"path: required an existing file, found none at {path}") from None
+    checkpoint = _loaded(path)
     state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else None
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, Mapping) or not all(map(_is_entry, state, state.values())):
         raise SplitWatchError(f"path: required a Lightning checkpoint or a state dict, found something else in {path}")
     return state, checkpoint
+
+
+def _is_entry(name: Any, value: Any) -> bool:
+    """Whether a state dict may hold this: tensors, and what modules return from ``get_extra_state``."""
+    return isinstance(value, Tensor) or str(name).endswith("_extra_state")
+
+
+def _loaded(path: str | os.PathLike[str]) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise SplitWatchError(f"path: required an existing file, found none at {path}") from None
+    except (OSError, EOFError, LookupError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        if names := _refused_classes(path):
+            raise SplitWatchError(
+                f"path: required tensors and plain values, found {', '.join(names)} in {path}; if you trust the file, "
+                "name these classes to torch.serialization.add_safe_globals([...]) first"
+            ) from error
+        raise SplitWatchError(
+            f"path: required a file that torch.save wrote, found something else at {path} ({type(error).__name__})"
+        ) from error
+
+
+def _refused_classes(path: str | os.PathLike[str]) -> list[str]:
+    """The classes in a file that torch does not load without being told to; none where it is no such file."""
+    try:
+        return get_unsafe_globals_in_checkpoint(path)
+    except (OSError, EOFError, LookupError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError):
+        return []
 
 
 def load_grown(cls: Any, path: str | os.PathLike[str], **kwargs: Any) -> Any:
@@ -163,7 +213,7 @@ def load_grown(cls: Any, path: str | os.PathLike[str], **kwargs: Any) -> Any:
         kwargs: passed to ``cls``, over the saved hyperparameters.
 
     Raises:
-        SplitWatchError: the file holds no state dict.
+        SplitWatchError: the file holds no state dict, or classes that torch does not load unasked.
     """
     state, checkpoint = read_state(path)
     model = cls(**{**checkpoint.get("hyper_parameters", {}), **kwargs})

@@ -5,13 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from math import isfinite
+from math import inf, isfinite
+from numbers import Integral, Real
 from typing import Any
 
+from splitwatch.geometry.plateau import splitting_modes
 from splitwatch.geometry.sweep import MAX_BYTES
 from splitwatch.records import SplitWatchError
 
 MOVES = ("mixed", "splits", "sprouts", "certified", "preserve", "even")
+
+_NUMBERS: dict[str, tuple[type, float, bool]] = {
+    "max_neurons": (Integral, 0, True),
+    "max_parameters": (Real, 0, True),
+    "max_flops": (Real, 0, True),
+    "max_ratio": (Real, 0, True),
+    "max_events": (Integral, 0, True),
+    "tolerance": (Real, 0, False),
+    "noise_ratio": (Real, 0, False),
+    "max_overhead": (Real, 0, True),
+    "window": (Integral, 10, False),
+    "probe_samples": (Integral, 2, False),
+    "max_bytes": (Real, 1, False),
+    "control": (Integral, 1, True),
+    "rewarm": (Integral, 1, True),
+}
+"""Of every field that is a number: of what kind, at least how large, and whether it may be None."""
 
 Chooser = Callable[..., Any]
 """``chooser(model, geometry, probe, policy, layers)`` returns moves, in the order in which budgets are to take them."""
@@ -91,21 +110,12 @@ class GrowthPolicy:
     detector: str | Detector | None = None
 
     def __post_init__(self) -> None:
-        limits = (
-            "max_neurons",
-            "max_parameters",
-            "max_flops",
-            "max_ratio",
-            "max_events",
-            "tolerance",
-            "noise_ratio",
-            "max_overhead",
-        )
-        for name in limits:
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise SplitWatchError(f"{name}: required a number ≥ 0 or None, found {value}")
-        if isinstance(self.coefficients, str) and self.coefficients not in {"auto", "equal", "signed"}:
+        for name, (kind, least, optional) in _NUMBERS.items():
+            _check_number(name, getattr(self, name), kind, least, optional)
+        _check_names(self.layers)
+        if not isinstance(self.coefficients, str):
+            splitting_modes(self.coefficients)
+        elif self.coefficients not in {"auto", "equal", "signed"}:
             raise SplitWatchError(
                 f'coefficients: required "auto", "equal", "signed" or numbers, found {self.coefficients!r}'
             )
@@ -120,14 +130,10 @@ class GrowthPolicy:
             raise SplitWatchError(
                 f'max_ratio: required a number with moves="even", found {self.max_ratio}; 2.0 doubles every layer'
             )
-        if not self.cap > 1:
-            raise SplitWatchError(f"cap: required Σ|λ| > 1 (1 leaves no negative coefficient), found {self.cap}")
-        for name in ("control", "rewarm"):
-            if (value := getattr(self, name)) is not None and not value >= 1:
-                raise SplitWatchError(f"{name}: required a number of steps ≥ 1 or None, found {value}")
-        for name, least in (("window", 10), ("probe_samples", 2), ("max_bytes", 1)):
-            if getattr(self, name) < least:
-                raise SplitWatchError(f"{name}: required at least {least}, found {getattr(self, name)}")
+        if not (isinstance(self.cap, Real) and 1 < self.cap < inf):
+            raise SplitWatchError(
+                f"cap: required a finite Σ|λ| > 1 (1 leaves no negative coefficient), found {self.cap!r}"
+            )
 
     @property
     def chooser(self) -> Chooser | None:
@@ -159,3 +165,21 @@ def imported(field: str, given: str | Callable[..., Any]) -> Callable[..., Any]:
     if not callable(found):
         raise SplitWatchError(f"{field}: required a function, found {type(found).__name__} at {given!r}")
     return found
+
+
+def _check_number(name: str, value: Any, kind: type, least: float, optional: bool) -> None:
+    fine = optional if value is None else isinstance(value, kind) and value >= least
+    if not fine or isinstance(value, bool):
+        wanted = "a whole number" if kind is Integral else "a number"
+        raise SplitWatchError(f"{name}: required {wanted} ≥ {least:g}{' or None' if optional else ''}, found {value!r}")
+
+
+def _check_names(layers: Any) -> None:
+    """Refuse what are no names of layers, a single string included, whose letters would be taken for names."""
+    if layers is None:
+        return
+    if isinstance(layers, str) or not all(isinstance(name, str) for name in layers):
+        cure = f"; write [{layers!r}]" if isinstance(layers, str) else ""
+        raise SplitWatchError(f"layers: required a list of dotted names or None, found {layers!r}{cure}")
+    if len(set(layers)) < len(layers):
+        raise SplitWatchError(f"layers: required every name once, found {list(layers)}; leave out what is repeated")

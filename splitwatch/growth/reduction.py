@@ -98,7 +98,7 @@ def critical_reduction(
     work = _Reducer(copy.deepcopy(model), given, tolerance, probe)
     while any([work.merge(layer.name) or work.fold(layer.name) for layer in given]):
         pass
-    _remember_widths(work.model, [(layer, work.layers[layer.name].width) for layer in given])
+    make_growable(work.model).note([(layer, work.layers[layer.name].width) for layer in given])
     items = (LayerReduction.of(layer, work.kept[layer.name], work.folded[layer.name]) for layer in given)
     return work.model, Reduction(tuple(items), tolerance)
 
@@ -205,14 +205,3 @@ def _shift_columns(layers: dict[str, HiddenLayer], layer: HiddenLayer, removed: 
                 for c in other.consumers
             )
             layers[name] = replace(other, consumers=moved)
-
-
-def _remember_widths(model: nn.Module, widths: Iterable[tuple[HiddenLayer, int]]) -> None:
-    """Let the reduced model's checkpoints be loaded by models of any width."""
-    history = make_growable(model)
-    for layer, width in widths:
-        if width != layer.width:
-            entry = history.layers.setdefault(layer.name, {"widths": [layer.width]})
-            entry["producers"], entry["riders"] = list(layer.producers), list(layer.riders)
-            entry["consumers"] = [[c.name, c.start, c.stride] for c in layer.consumers]
-            entry["widths"] = [*entry["widths"], width]
