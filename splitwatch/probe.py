@@ -21,6 +21,7 @@ from splitwatch.grouped import by_channel
 from splitwatch.linear_map import LinearMap
 from splitwatch.precision import Uncast, upcast
 from splitwatch.ranks import share_of, summed, summed_number
+from splitwatch.recompute import straight_through
 from splitwatch.records import HiddenLayer, SplitWatchError
 from splitwatch.tape import Footprint, Path, Tape
 from splitwatch.undisturbed import undisturbed
@@ -205,8 +206,8 @@ class Probe:
             return {layer.name: _trace(anatomy, layer, loss, batch_size(batch), share) for layer in layers}
 
     def _run(self, model: nn.Module, batch: Batch) -> Any:
-        """What the loss function returns; what it would compute in half precision is computed in float32."""
-        with Uncast():
+        """What the loss function returns; half precision is float32 in it, and what checkpoints would drop is kept."""
+        with Uncast(), straight_through():
             return self.loss_fn(model, upcast(batch))
 
     @classmethod

@@ -18,6 +18,7 @@ ROOMS = (
     "metrics",
     "budget",
     "precision",
+    "recompute",
     "undisturbed",
     "batches",
     "tape",

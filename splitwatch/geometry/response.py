@@ -15,6 +15,7 @@ from functools import reduce
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from splitwatch.probe import LayerTrace
 
@@ -36,7 +37,7 @@ class Graph:
     """h(z) and φ'(z) with the autograd graphs that differentiate them once more."""
 
     def __init__(self, trace: LayerTrace) -> None:
-        with torch.enable_grad():
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention differentiates once
             self.z = tuple(z.detach().requires_grad_() for z in trace.pre_activations())
             self.h = trace.path(*self.z)
             signals = zip(trace.consumers, trace.readers, trace.signals, strict=True)

@@ -29,6 +29,9 @@ _DRIFT_BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 2e-3,
 SLACK = 8.0
 """How many times the rounding of the consumers' weights the drift may be where their sums cancel."""
 
+UNFOLLOWED = (RuntimeError, ValueError, IndexError, AssertionError)
+"""How a forward pass fails that does not follow the modules' widths."""
+
 
 def grow(
     model: nn.Module, plan: GrowthPlan, optimizers: Optimizer | Iterable[Optimizer] = (), *, probe: Probe | None = None
@@ -156,7 +159,7 @@ def _drift(model: nn.Module, plan: GrowthPlan, probe: Probe, precision: torch.dt
             after = probe.outputs(model, consumers)
     except torch.OutOfMemoryError:  # says nothing about widths
         raise
-    except (RuntimeError, ValueError, IndexError) as error:
+    except UNFOLLOWED as error:
         raise SplitWatchError(
             f"model: required a forward pass that follows the modules' widths, found a failure after widening "
             f"{sorted(grown)}: {error}; look for sizes written into the code (such as view(-1, 128))"

@@ -15,6 +15,7 @@ from splitwatch.growth.preserve import plan_preserving
 from splitwatch.growth.rounds import missing, rounds
 from splitwatch.growth.search import confirmed_plan, no_room, searched, within_budget
 from splitwatch.growth.splits import split_candidates, why_none
+from splitwatch.growth.trial import tried
 from splitwatch.layers import find_hidden_layers, select_layers
 from splitwatch.probe import Probe
 from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, SplitWatchError
@@ -52,13 +53,16 @@ def plan_growth(
         SplitWatchError: the geometry names a layer that the model does not have or belongs to another width.
     """
     policy = policy or GrowthPolicy()
-    found = find_hidden_layers(model, probe) if layers is None else layers
+    given = find_hidden_layers(model, probe) if layers is None else layers
     even = policy.moves == "even"
-    fixed = [x for x in found if x.name in geometry and x.measurable and not x.growable and policy.layers is None]
-    measured_only = {layer.name for layer in fixed}
-    every = [*geometry] or None if even else geometry
+    every = [*geometry] or None if even else [*geometry]
     names = every if policy.layers is None else policy.layers
-    layers = select_layers(found, None if names is None else [name for name in names if name not in measured_only])
+    able = {layer.name for layer in given if layer.growable and (names is None or layer.name in names)}
+    found = tried(model, given, probe, able)
+    told = {*geometry, *able} if policy.layers is None else set()
+    fixed = [layer for layer in found if layer.measurable and not layer.growable and layer.name in told]
+    left_out = {layer.name for layer in fixed}
+    layers = select_layers(found, None if names is None else [name for name in names if name not in left_out])
     measured = {layer.name: _of(geometry, layer) for layer in layers if not even or layer.name in geometry}
     plan = _planned(model, measured, probe, policy, layers)
     return replace(plan, reason="; left out: ".join([plan.reason, *map(str, fixed)]))
