@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from splitwatch.batches import Batch, batch_size, select_samples
+from splitwatch.batches import Batch, batch_size, mapped, select_samples, tensors
 from splitwatch.probe import LossFunction, Probe
 from splitwatch.ranks import everywhere, gathered, rank, rank_count
 
@@ -23,7 +22,8 @@ RECENT = 64
 class ProbeCollector:
     """Keeps training batches until it has ``samples`` distinct samples, or hardly any new ones come: then it is ready.
 
-    A sample that comes again (in a later epoch) is dropped, so that no sample stands in both halves of the probe.
+    A sample that comes again (in a later epoch) is dropped, so that no sample stands in both halves of the probe; so is
+    a batch of which less than half is new.
     """
 
     def __init__(self, samples: int) -> None:
@@ -40,11 +40,10 @@ class ProbeCollector:
 
     def state_dict(self) -> dict[str, Any]:
         """What this rank collected, in builtins and tensors; empty where that is much."""
-        leaves = [leaf for leaf in pytree.tree_leaves(self.batches) if isinstance(leaf, Tensor)]
-        size = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+        size = sum(leaf.numel() * leaf.element_size() for leaf in tensors(self.batches))
         if size > STORED / rank_count() or not _is_plain(self.batches):
             return {}
-        batches = pytree.tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, self.batches)
+        batches = mapped(lambda x: x.cpu() if isinstance(x, Tensor) else x, self.batches)
         place = {"rank": rank(), "ranks": rank_count()}
         return {"batches": batches, "prints": self._prints, "news": self._news, "ready": self.ready, **place}
 
@@ -52,7 +51,7 @@ class ProbeCollector:
         """Continue from what was saved, or afresh where a rank has nothing, or what another one saved."""
         self.clear()
         if everywhere("batches" in state and (state.get("rank", 0), state.get("ranks", 1)) == (rank(), rank_count())):
-            self.batches = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, state["batches"])
+            self.batches = mapped(lambda x: x.to(device) if isinstance(x, Tensor) else x, state["batches"])
             self._prints, self._news, self.ready = list(state["prints"]), state["news"], state["ready"]
             self._seen = {value for prints in self._prints for value in prints}
 
@@ -68,13 +67,16 @@ class ProbeCollector:
         prints = _fingerprints(batch)
         first = {value: i for i, value in reversed(list(enumerate(prints)))}
         rows = sorted(i for value, i in first.items() if value not in self._seen)
+        if 2 * len(rows) < len(first):
+            rows = []  # a few samples are no batch that training could have seen: their loss may be far off, or nan
         weight = min(len(prints) / RECENT, 1.0)
-        self._news += weight * (len(rows) / len(prints) - self._news)
+        self._news += weight * (len(rows) / len(first) - self._news)
         if rows:
             self._prints.append([prints[i] for i in rows])
             self._seen.update(self._prints[-1])
-            self.batches.append(pytree.tree_map(_kept, select_samples(batch, torch.tensor(rows))))
-        self.ready = len(self.batches) >= 2 and (self.samples >= self.target or self._news < 0.1)
+            self.batches.append(mapped(_kept, select_samples(batch, torch.tensor(rows))))
+        enough = self.samples >= self.target and len(self.batches) >= 2
+        self.ready = enough or (self.samples >= 2 and self._news < 0.1)  # of a single batch both halves are made
 
     def probe(self, loss_fn: LossFunction) -> Probe:
         """The probe over everything collected; a sample that several ranks collected stays with the first of them."""
@@ -114,13 +116,23 @@ def _fingerprints(batch: Batch) -> list[float]:
     """A number for each sample that differs between samples: a fixed random projection of all its tensors."""
     size = batch_size(batch)
     total: Tensor | None = None
-    for leaf in pytree.tree_leaves(batch):
-        if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == size:
-            rows = leaf.detach().reshape(size, -1).double()
-            # A sum along each row, not a matrix product: its rounding does not depend on the row's place in the batch.
-            value = (rows * _projection(rows.shape[1], rows.device)).sum(1)
-            total = value if total is None else total * 0.618 + value
-    return [] if total is None else total.tolist()
+    for leaf in tensors(batch):
+        if leaf.ndim and leaf.shape[0] == size:
+            value = _projected(leaf, size)
+            total = value if total is None else total * 0.618 + value.to(total.device)
+    if total is not None:
+        return total.tolist()
+    samples = (select_samples(batch, torch.tensor([i])) for i in range(size))  # all tensors stand in lists
+    return [sum(float(_projected(leaf, 1)) / 0.618**i for i, leaf in enumerate(tensors(one))) for one in samples]
+
+
+def _projected(leaf: Tensor, size: int) -> Tensor:
+    """A number for each of the tensor's rows, (size,)."""
+    rows = leaf.detach() if leaf.layout is torch.strided else leaf.detach().to_dense()
+    rows = (torch.view_as_real(rows.resolve_conj()) if rows.is_complex() else rows).reshape(size, -1).double()
+    rows = rows.nan_to_num(0.5, 1.0, -1.0)  # nan is not even itself
+    # A sum along each row, not a matrix product: its rounding does not depend on the row's place in the batch.
+    return (rows * _projection(rows.shape[1], rows.device)).sum(1)
 
 
 @lru_cache(maxsize=4)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from splitwatch.anatomy import Anatomy, plain_module
-from splitwatch.batches import Batch, batch_size, halve, in_pieces, shares
+from splitwatch.batches import Batch, Cuts, Loan, batch_size, halve, mapped, shares
 from splitwatch.grouped import by_channel
 from splitwatch.linear_map import LinearMap
 from splitwatch.precision import Uncast, upcast
@@ -75,6 +75,7 @@ class Probe:
         self.fitted: tuple[Batch, ...] = tuple(batches[::2])
         self.held_out: tuple[Batch, ...] = tuple(batches[1::2])
         self.loss_fn = loss_fn
+        self._loan, self._cuts = Loan(), Cuts()
 
     def half(self, name: str) -> tuple[Batch, ...]:
         """The batches of a half: "fitted", "held_out" or "all"."""
@@ -102,12 +103,15 @@ class Probe:
 
         Batches are cut where there are fewer than ``at_least``, as far as their samples allow.
         """
-        batches = self.half(half)
-        pieces = in_pieces(batches, -(-at_least // len(batches)))
+        pieces = self._pieces(model, half, -(-at_least // len(self.half(half))))
         values = torch.tensor(self._losses(model, pieces), dtype=torch.float64)
         if finite:
             self._finite(float(values.sum()))
         return values, torch.tensor(shares(pieces), dtype=torch.float64)
+
+    def _pieces(self, model: nn.Module, half: str, parts: int) -> list[Batch]:
+        """The batches of a half cut into parts, as far as their samples and finite losses allow."""
+        return self._cuts.pieces(self.half(half), parts, partial(self._losses, model))
 
     def _losses(self, model: nn.Module, batches: Sequence[Batch]) -> list[float]:
         with undisturbed(model), torch.no_grad():
@@ -122,8 +126,7 @@ class Probe:
             One pair (gradient, size) after the other.
         """
         parameters = [p for p in model.parameters() if p.requires_grad]
-        batches = self.half("all")
-        for batch in in_pieces(batches, -(-at_least // len(batches))):
+        for batch in self._pieces(model, "all", -(-at_least // len(self.half("all")))):
             with undisturbed(model), torch.enable_grad():
                 loss = self._checked(self._run(model, batch))
                 grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
@@ -187,7 +190,7 @@ class Probe:
         self, model: nn.Module, layers: Sequence[HiddenLayer], half: str, pieces: int = 1
     ) -> Iterator[dict[str, LayerTrace]]:
         """What every layer sees, by its name, on one batch after another, each cut into ``pieces`` where it can be."""
-        batches = in_pieces(self.half(half), pieces)
+        batches = self._pieces(model, half, pieces)
         for batch, share in zip(batches, shares(batches), strict=True):
             yield self._traces(model, layers, batch, share)
 
@@ -207,8 +210,8 @@ class Probe:
 
     def _run(self, model: nn.Module, batch: Batch) -> Any:
         """What the loss function returns; half precision is float32 in it, and what checkpoints would drop is kept."""
-        with Uncast(), straight_through():
-            return self.loss_fn(model, upcast(batch))
+        with self._loan.of(batch) as lent, Uncast(), straight_through():
+            return self.loss_fn(model, mapped(upcast, lent))
 
     @classmethod
     def _checked(cls, loss: Any) -> Tensor:
@@ -227,8 +230,9 @@ class Probe:
     def _finite(loss: float) -> float:
         if not isfinite(loss):
             raise SplitWatchError(
-                f"loss_fn: required a finite loss, found {loss}; "
-                "look for overflow or a division by zero in the model or the data"
+                f"loss_fn: required a finite loss, found {loss}; look for probe batches without a valid target if it "
+                "averages over those (ignore_index, a mask), and pass a probe of larger batches; where training losses "
+                "are not finite either, look for overflow or a division by zero in the model or the data"
             )
         return loss
 

@@ -95,3 +95,31 @@ def test_what_several_ranks_collect_stays_with_the_first_of_them(monkeypatch):
 
 def mean(model, batch):
     return model(batch).mean()
+
+
+def test_a_single_batch_that_comes_again_and_again_is_a_probe():
+    batch = torch.randn(64, 3)
+    collector = ProbeCollector(4096)
+    collector.add(batch)
+    assert not collector.ready
+    collector.add(batch)
+    assert collector.ready
+    assert [len(half) for half in collector.probe(mean).half("all")] == [32, 32]
+
+
+def test_a_few_new_samples_are_no_batch():
+    data = torch.randn(100, 3)
+    collector = ProbeCollector(4096)
+    for rows in (data[:40], data[20:60], data[50:80], data[50:90]):
+        collector.add(rows)
+    assert [len(batch) for batch in collector.batches] == [40, 20, 20]
+
+
+def test_samples_with_nan_in_them_and_complex_ones_are_known_again():
+    nans, numbers = torch.randn(64, 3), torch.randn(64, 3)
+    nans[:, 0] = torch.nan
+    collector = ProbeCollector(4096)
+    for _ in range(2):
+        collector.add((nans, torch.complex(torch.zeros(64, 3), numbers)))
+    assert collector.ready
+    assert collector.samples == 64

@@ -68,7 +68,8 @@ def _silent(move: Move) -> bool:
     """Whether a move is a new neuron that changes nothing of what the network computes."""
     if isinstance(move, Split):
         return False
-    return not any(bool(change.any()) for change in (move.outgoing, move.others, move.biases) if change is not None)
+    changes = (move.outgoing, *(move.others or ())[1:], move.biases)
+    return not any(bool(change.any()) for change in changes if change is not None)
 
 
 def certified(move: Move, geometry: Mapping[str, LayerGeometry]) -> bool:
