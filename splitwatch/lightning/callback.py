@@ -277,8 +277,9 @@ def _training_loss(trainer: pl.Trainer) -> LossFunction:
 @contextmanager
 def _muted(module: nn.Module) -> Iterator[None]:
     """Logging calls of the module do nothing inside, nor do the loggers it finds at its Trainer."""
-    names, trainer = ("log", "log_dict"), getattr(module, "_trainer", None)
-    loggers = [] if trainer is None else trainer.loggers
+    names = ("log", "log_dict")
+    trainer: Any = getattr(module, "_trainer", None)
+    loggers = getattr(trainer, "loggers", [])
     for name in names:
         module.__dict__[name] = lambda *args, **kwargs: None
     try:
