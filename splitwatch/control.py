@@ -46,7 +46,7 @@ class Control:
             raise ValueError("L-BFGS evaluates the loss several times a step")
         if rank_count() > 1:
             raise ValueError(f"its gradients would have to be averaged over {rank_count()} processes")
-        memo: dict[int, Any] = {}
+        memo = _detached(model)
         self.model: nn.Module = deepcopy(model, memo)
         self.optimizers = [_copied(optimizer, memo) for optimizer in optimizers]
         self.live, self.loss_fn, self.probe, self.steps = list(optimizers), loss_fn, probe, steps
@@ -126,6 +126,12 @@ def control_for(
     except Exception as error:
         _logger.warning("growth goes on without the control of %d steps: a copy cannot be trained: %s", steps, error)
         return None
+
+
+def _detached(model: nn.Module) -> dict[int, Any]:
+    """Copies of tensors that modules hold with a graph, such as metric states, which ``deepcopy`` refuses; by id."""
+    held = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
+    return {id(tensor): tensor.detach().clone() for tensor in held if tensor.grad_fn is not None}
 
 
 def _copied(optimizer: Optimizer, memo: dict[int, Any]) -> Optimizer:

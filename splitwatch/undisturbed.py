@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import is_
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torchmetrics import Metric
 
 from splitwatch.precision import full_precision
 from splitwatch.records import SplitWatchError
+
+_STANDARD = frozenset(vars(nn.Module()))
+"""What every module has; of it, only buffers hold what running a model may change."""
+
+_COPIES: dict[type, Callable[[Any], Any]] = {
+    **dict.fromkeys((list, deque), list),
+    **dict.fromkeys((dict, OrderedDict, defaultdict, Counter), dict),
+    set: set,
+}
+"""How to copy containers that can be filled again, by their exact type: others may do more than hold."""
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Eval mode, full precision and nothing compiled inside; everything outside is as before, to the bit.
 
-    RNG state, modes, buffers, metric states and precision flags are put back.
+    RNG states (of torch, Python and NumPy), modes, precision flags, buffers and whatever else modules hold as
+    attributes are put back: counters, lists, dicts, tensors, metric states. Objects of other classes stay the objects
+    they are; what a run does inside of them stays done.
 
     Raises:
         SplitWatchError: the parameters are on several devices, or hold no values.
@@ -76,33 +91,80 @@ def check_whole(model: nn.Module) -> None:
 
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; RNG state, modes, buffers and metric states outside are as before, to the bit."""
+    """Eval mode inside; RNG states, modes and what modules hold outside are as before, to the bit."""
     modes = {module: module.training for module in model.modules()}
-    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers()]
-    metrics = {module: _metric_state(module) for module in model.modules() if isinstance(module, Metric)}
+    held = _Held(model)
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), _forked():
         try:
             model.eval()
             yield
         finally:
             for module, training in modes.items():
                 module.training = training
-            for metric, state in metrics.items():
-                vars(metric).update(state)
-            with torch.no_grad():
-                for buffer, version, value in buffers:
-                    if buffer._version != version:
-                        buffer.copy_(value)
+            held.put_back()
 
 
-def _metric_state(metric: Metric) -> dict[str, Any]:
-    """Everything a metric's update and compute may change, copied."""
+@contextmanager
+def _forked() -> Iterator[None]:
+    """The generators of Python and NumPy, which data augmentation draws from, are as before."""
+    python, legacy = random.getstate(), numpy.random.get_state(legacy=False)
+    try:
+        yield
+    finally:
+        if random.getstate() != python:  # much faster to compare than to set
+            random.setstate(python)
+        numpy.random.set_state(legacy)
 
-    def copied(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.detach().clone()
-        return list(value) if isinstance(value, list) else value
 
-    fixed = {"_parameters", "_buffers", "_modules"}
-    return {key: copied(value) for key, value in metric.__dict__.items() if key not in fixed}
+class _Held:
+    """What modules hold besides parameters, modules and hooks: attributes, buffers, containers, tensors' values.
+
+    Containers are put back in place, so that whoever else holds them sees the same; only what changed is touched.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._names: list[tuple[dict, dict]] = []
+        self._containers: list[tuple[Any, Any]] = []
+        self._tensors: list[tuple[Tensor, int, bool, Tensor]] = []
+        for module in model.modules():
+            own = vars(module)
+            self._names.append((own, own.copy()))
+            self._keep(module._buffers)
+            for name in own.keys() - _STANDARD:
+                self._keep(own[name])
+
+    def _keep(self, value: Any) -> None:
+        kind = type(value)
+        if kind in _COPIES:
+            self._containers.append((value, _COPIES[kind](value)))
+            if isinstance(value, dict):  # of losses by name, of metrics: lists in dicts are grown as often
+                for inner in value.values():
+                    self._keep(inner)
+        elif isinstance(value, Tensor) and not (isinstance(value, nn.Parameter) or value.is_inference()):
+            self._tensors.append((value, value._version, value.requires_grad, value.detach().clone()))
+
+    def put_back(self) -> None:
+        """Bind every name to what it was bound to, then give containers and tensors their contents."""
+        for own, before in self._names:
+            if not _same(own, before):
+                for name in own.keys() - before.keys() - _STANDARD:
+                    del own[name]
+                own.update(before)
+        for container, before in self._containers:
+            if not _same(container, before):
+                container.clear()
+                (container.update if isinstance(container, (dict, set)) else container.extend)(before)
+        with torch.no_grad():
+            for tensor, version, requires_grad, value in self._tensors:
+                if tensor._version != version:
+                    (tensor if tensor.requires_grad == requires_grad else tensor.detach_()).copy_(value)
+
+
+def _same(now: Any, before: Any) -> bool:
+    """Whether a container holds the same objects in the same order; they are not compared, which tensors refuse."""
+    if isinstance(now, set):
+        return now == before
+    if len(now) != len(before) or not all(map(is_, now, before)):
+        return False
+    return not isinstance(now, dict) or all(map(is_, now.values(), before.values()))

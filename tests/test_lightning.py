@@ -1,6 +1,7 @@
 """The Lightning front door: same numbers as the plain loop, nothing else changed, everything logged."""
 
 import csv
+import random
 import warnings
 from dataclasses import replace
 
@@ -314,6 +315,63 @@ def test_a_training_step_without_an_index_is_called_without_one():
     watch = SplitWatch(SOON)
     trainer_of([watch]).fit(module_of(training_step=training_step), loader())
     assert [event.grown for event in watch.events] == [True, True]
+
+
+def any_arguments(self, *args):
+    batch, _ = args
+    return F.mse_loss(self.net(batch[0]), batch[1])
+
+
+def batch_and_settings(self, batch, **settings):
+    return F.mse_loss(self.net(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("step", [any_arguments, batch_and_settings])
+def test_a_training_step_is_called_with_what_lightning_calls_it_with(step):
+    watch = SplitWatch(EARLY)
+    fit([watch], module=type("Free", (Wave,), {"training_step": step})(), steps=21)
+    assert watch.events
+
+
+@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
+def test_a_training_step_that_takes_an_iterator_needs_a_loss_function_and_says_so():
+    def step(self, dataloader_iter):
+        return any_arguments(self, next(dataloader_iter)[0], 0)
+
+    module = type("Iterating", (Wave,), {"training_step": step})()
+    with pytest.raises(SplitWatchError, match="loss_fn: required where training_step takes dataloader_iter, not a"):
+        fit([SplitWatch(EARLY)], module=module, steps=21)
+
+
+class Notes(Wave):
+    """Writes to its logger itself, keeps its losses and draws from Python's generator."""
+
+    def __init__(self):
+        super().__init__()
+        self.losses, self.means = [], []
+
+    def training_step(self, batch, batch_idx):
+        loss = F.mse_loss(self.net(batch[0] + 0.1 * random.random()), batch[1])
+        for logger in self.loggers:
+            logger.experiment.add_scalar("noted", loss, self.global_step)
+        self.losses.append(loss.detach())
+        return loss
+
+    def on_train_epoch_end(self):
+        self.means.append((len(self.losses), float(torch.stack(self.losses).mean())))
+        self.losses.clear()
+
+
+def test_what_a_module_writes_keeps_and_draws_is_that_of_the_run_alone(tmp_path):
+    found = []
+    for name, callbacks in (("alone", []), ("watched", [SplitWatch(EARLY, monitor_only=True)])):
+        random.seed(0)
+        torch.manual_seed(0)
+        module, trainer = fit(callbacks, TensorBoardLogger(tmp_path, name=name, version=0), Notes(), steps=24)
+        events = EventAccumulator(trainer.logger.log_dir).Reload()
+        found.append((module.means, [(event.step, event.value) for event in events.Scalars("noted")]))
+    assert callbacks[0].events and len(found[0][1]) == 24
+    assert found[0] == found[1]
 
 
 def test_a_batch_that_the_module_skips_is_skipped():

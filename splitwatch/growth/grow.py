@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,11 @@ from splitwatch.records import GrowthPlan, Split, SplitWatchError
 _DRIFT_BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 """By the precision in which the copies' weights are rounded; those of equal copies are halves, exact in any."""
 
+_logger = logging.getLogger("splitwatch")
+
+_TOLD = "_splitwatch_told"
+"""On parameters of which a user was told that no optimizer given owns them; their successors inherit it."""
+
 SLACK = 8.0
 """How many times the rounding of the consumers' weights the drift may be where their sums cancel."""
 
@@ -41,7 +47,8 @@ def grow(
     Args:
         model: the network; its parameters are replaced in place, its modules stay.
         plan: what ``plan_growth`` returned, or moves of your own.
-        optimizers: every optimizer that owns parameters of the model; schedulers need not be told.
+        optimizers: every optimizer that owns parameters of the model; schedulers need not be told. Where some are given
+            and none of them owns a trainable parameter that is replaced, a warning is logged once.
         probe: where output drift at zero offset and the realised decrease are measured, and BatchNorm statistics of
             neurons whose incoming weights move; none of these is known without it.
 
@@ -77,7 +84,9 @@ def _grown(
     losses = _losses(model, probe)
     names = {id(parameter): plain_name(name) for name, parameter in model.named_parameters()}
     exchanges = [exchange(optimizer, surgery.replacements) for optimizer in optimizers]
+    _check_owned(surgery, optimizers, names)
     moved = moved_channels(model, plan)
+    surgery.carry_hooks()
     surgery.commit()
     for item in exchanges:
         item.commit()
@@ -99,6 +108,21 @@ def _grown(
     )
     interruptible()
     return event
+
+
+def _check_owned(surgery: Surgery, optimizers: Sequence[Optimizer], names: dict[int, str]) -> None:
+    """Warn of parameters that an optimizer which was not given may own: it would go on with those that are gone."""
+    owned = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    loose = {names[id(r.old)]: r for r in surgery.replacements if r.old.requires_grad and id(r.old) not in owned}
+    told = {name for name, r in loose.items() if hasattr(r.old, _TOLD)}
+    if optimizers and loose.keys() - told:
+        _logger.warning(
+            "optimizers: none of those given owns %s, which growth replaces; if another one trains it, give that too, "
+            "or it goes on with the old tensors",
+            ", ".join(sorted(loose.keys() - told)),
+        )
+        for item in loose.values():
+            setattr(item.new, _TOLD, True)
 
 
 def _check_finite(plan: GrowthPlan) -> None:

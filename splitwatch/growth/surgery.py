@@ -70,6 +70,16 @@ class Surgery:
             tuple((module, name, getattr(module, name)) for module, name, _ in self.sizes),
         )
 
+    def carry_hooks(self) -> None:
+        """Have hooks of parameters that go fire on those that come; what is tried out and undone has none.
+
+        Both hold the same dict, in which a hook's handle finds it to remove it.
+        """
+        for item in self.replacements:
+            for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+                if (hooks := getattr(item.old, name)) is not None:
+                    setattr(item.new, name, hooks)
+
     def commit(self) -> None:
         """Put everything in place; undoes itself on any failure."""
         undo = self.undo

@@ -15,7 +15,7 @@ from splitwatch.grower import Grower, Sink
 from splitwatch.growth.checkpoint import KEY, recall
 from splitwatch.growth.policy import GrowthPolicy
 from splitwatch.lightning.neighbours import check_neighbours, grow_along, make_all_growable
-from splitwatch.lightning.packages import CALLBACKS
+from splitwatch.lightning.packages import CALLBACKS, package_of
 from splitwatch.lightning.strategies import check_strategy, follow_growth
 from splitwatch.probe import LossFunction, Probe
 from splitwatch.ranks import gathered, rank_count
@@ -85,11 +85,8 @@ class SplitWatch(Callback):
             check_strategy(trainer, pl_module, grows=not self.monitor_only)
             check_neighbours(trainer, grows=not self.monitor_only)
         make_all_growable(trainer, pl_module)
-        if stage == "fit" and self.loss_fn is None and not pl_module.automatic_optimization:
-            raise SplitWatchError(
-                "loss_fn: required for manual optimization, where training_step takes optimizer steps itself, found "
-                "None; pass SplitWatch(loss_fn=lambda module, batch: ...)"
-            )
+        if stage == "fit" and self.loss_fn is None:
+            _check_training_step(pl_module)
         if stage == "fit" and self.policy.control:
             _check_control(trainer, pl_module)
 
@@ -216,13 +213,35 @@ def training_step_loss(module: nn.Module, batch: Batch) -> Tensor:
         SplitWatchError: it returned no loss.
     """
     step: Any = module.training_step
-    takes_index = len(inspect.signature(step).parameters) > 1
     with _muted(module):
-        output = step(batch, 0) if takes_index else step(batch)
+        output = step(batch, 0) if _takes_index(step) else step(batch)
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if loss is None:
         raise SplitWatchError("training_step: required a loss for every probe batch, found None; pass loss_fn instead")
     return loss
+
+
+def _positional(step: Any) -> tuple[list[str], bool]:
+    """Names of what ``training_step`` takes by position after ``self``, and whether it takes any number."""
+    found = inspect.getfullargspec(getattr(step, "__wrapped__", step))
+    return found.args[1:], found.varargs is not None
+
+
+def _takes_index(step: Any) -> bool:
+    """Whether ``training_step`` is called with an index behind the batch; Lightning decides in the same way."""
+    names, any_number = _positional(step)
+    return any_number or len(names) > 1 or "batch_idx" in names
+
+
+def _check_training_step(module: pl.LightningModule) -> None:
+    """Refuse modules whose ``training_step`` cannot be called with a batch alone."""
+    needed = "loss_fn: required {}, found None; pass SplitWatch(loss_fn=lambda module, batch: ...)"
+    if not module.automatic_optimization:
+        raise SplitWatchError(
+            needed.format("for manual optimization, where training_step takes optimizer steps itself")
+        )
+    if "dataloader_iter" in _positional(module.training_step)[0]:
+        raise SplitWatchError(needed.format("where training_step takes dataloader_iter, not a batch"))
 
 
 def _check_control(trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -258,12 +277,19 @@ def _training_loss(trainer: pl.Trainer) -> LossFunction:
 
 @contextmanager
 def _muted(module: nn.Module) -> Iterator[None]:
-    """Logging calls of the module do nothing inside."""
+    """Logging calls of the module do nothing inside, nor do the loggers it finds at its Trainer."""
     names = ("log", "log_dict")
+    trainer: Any = getattr(module, "_trainer", None)
+    loggers = getattr(trainer, "loggers", [])
     for name in names:
         module.__dict__[name] = lambda *args, **kwargs: None
     try:
+        if loggers:
+            dummy = package_of(trainer).loggers.logger.DummyLogger
+            trainer.loggers = [dummy() for _ in loggers]
         yield
     finally:
         for name in names:
             del module.__dict__[name]
+        if loggers:
+            trainer.loggers = loggers
