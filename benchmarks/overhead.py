@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> tuple[float, float, float]:
             "none against none": ([], []),
         }.items():
             found.setdefault(name, []).append(paired(example, data, options.steps, seed, both))
-        assert all(watch.grower and watch.grower.collector.ready and not watch.events for watch in watches)
+        assert all(watch.grower and watch.grower.watcher.collector.ready and not watch.events for watch in watches)
     tables = {name: np.concatenate(items) for name, items in found.items()}
     milliseconds = np.median(tables["none against none"][:, :, 0]) / WINDOW * 1e3
     print(f"torch {torch.__version__}, Lightning {pl.__version__}, one thread,", end=" ")

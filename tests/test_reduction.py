@@ -22,7 +22,7 @@ from zoo import SINGLY, ZOO
 
 from splitwatch.geometry.weights import neuron_weights
 from splitwatch.growth.branch import branch
-from splitwatch.growth.checkpoint import load_grown, recall
+from splitwatch.growth.checkpoint import load_grown
 from splitwatch.growth.embedding import critical_embedding, inactive_propagation, inactive_units, unit_replication
 from splitwatch.growth.reduction import critical_reduction, redundancy
 from splitwatch.growth.stored import stored_redundancy
@@ -400,18 +400,6 @@ def test_a_checkpoint_tells_of_layers_beside_a_reduced_one(reduced, tmp_path):
     small, _ = critical_reduction(model, [layers[name] for name in reduced])
     torch.save(small.state_dict(), tmp_path / "small.pt")
     assert stored_redundancy(tmp_path / "small.pt") == {name: int(name not in reduced) for name in "ab"}
-
-
-def test_the_history_follows_a_narrow_state_dict(tmp_path):
-    model, layers = joined_and_grown()
-    small, _ = critical_reduction(model, [layers["a"]])
-    partly = dict(small.state_dict())  # no metadata: only the shapes tell
-    model.load_state_dict(partly)
-    assert list(recall(model)) == ["b"]
-    torch.save(model.state_dict(), tmp_path / "partly.pt")
-    assert stored_redundancy(tmp_path / "partly.pt") == {"b": 1}
-    model.load_state_dict(Joined().state_dict())
-    assert recall(model) == {}
 
 
 class Versioned(nn.Linear):

@@ -71,17 +71,7 @@ class GrowthHistory:
         state, prefix = {plain_name(name): tensor for name, tensor in state.items()}, plain_name(prefix)
         for name in {**self.layers, **stored}:
             _resize(module, state, prefix, stored.get(name) or self.layers[name])
-        self.layers = {**self._without_narrow(state, prefix, stored), **stored}
-
-    def _without_narrow(self, state: Mapping[str, Any], prefix: str, stored: Mapping[str, Any]) -> dict[str, Any]:
-        """What is left of the history once a state dict is loaded that does not tell of growth, nor shows it."""
-        layers, inserted = deepcopy(self.layers), list[tuple[str, int, int]]()
-        for name, entry in self.layers.items():
-            weight, widths = state.get(f"{prefix}{entry['producers'][0]}.weight"), entry["widths"]
-            if name not in stored and weight is not None and len(weight) == widths[0]:
-                del layers[name]
-                inserted += [(c, start, (widths[0] - widths[-1]) * stride) for c, start, stride in entry["consumers"]]
-        return _shifted(layers, inserted)
+        self.layers = {**self.layers, **stored}
 
 
 def _shifted(layers: dict[str, dict[str, Any]], inserted: list[tuple[str, int, int]]) -> dict[str, dict[str, Any]]:
