@@ -1,6 +1,6 @@
 """What helps a growing run where a wide network would have trained well anyway: remedies, one by one.
 
-    python benchmarks/growth_remedies.py [--seeds 5] [--cells CELL ...] [--write]
+    python benchmarks/growth_remedies.py [--seeds 12] [--cells CELL ...] [--write]
 
 Every run ends at the last width and spends the same FLOPs, growth's own cost included, as in benchmarks/growth.py. Each
 number is the final test metric relative to the last width from scratch: a difference of shares of wrong answers or of
@@ -67,7 +67,7 @@ REMEDIES: dict[str, Remedy] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=12)
     names = [cell.name for cell in CELLS if not cell.regression]
     parser.add_argument("--cells", nargs="+", choices=[*BY_NAME], default=names, metavar="CELL")
     parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")

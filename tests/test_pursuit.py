@@ -220,7 +220,7 @@ def test_every_step_of_the_ascent_takes_another_batch(monkeypatch):
 
 def test_the_size_of_batches_hardly_matters():
     """Where all rows fit into a step, the same neurons are chosen whatever the batches are."""
-    model, whole = settled(n=240)
+    model, whole = settled(n=120)
     (x, y), held_out = whole.fitted[0], whole.held_out
     small = Probe([*zip(x.split(7), y.split(7), strict=True), *held_out], mse)
     small.fitted, small.held_out = tuple(zip(x.split(7), y.split(7), strict=True)), held_out

@@ -41,8 +41,9 @@ Features of which existing ones leave a hundredth would get a tenfold weight for
 losses after growth scattered so widely without it that some runs never recovered.
 """
 
-SEEN = 128
-"""Rows that a step of the search sees at least, of as many batches as it takes: on 8 it chooses worse neurons."""
+SEEN = 64
+"""Rows that a step of the search sees at least, of as many batches as it takes: on 8 it chooses worse neurons, on twice
+as many none that end better."""
 
 THRESHOLD = 1e-3
 """Share of ‖φ‖² that has to be left in ‖φ⊥‖² for a neuron to count as new."""
