@@ -78,11 +78,13 @@ def _demo(options: argparse.Namespace) -> None:
 def _inspect(options: argparse.Namespace) -> None:
     if ":" in options.target and not Path(options.target).exists():
         from splitwatch.growth.reduction import redundancy
+        from splitwatch.growth.trial import tried
         from splitwatch.layers import find_hidden_layers
 
         model, probe = _load(options.target)
         layers = find_hidden_layers(model, probe)
         redundant = redundancy(model, layers, options.tolerance, probe=probe)
+        layers = tried(model, layers, probe, {layer.name for layer in layers if layer.growable})
         Console().print(layer_table(layers, redundant, options.tolerance))
     else:
         Console().print(_history_table(Path(options.target), options.tolerance))

@@ -31,6 +31,14 @@ def test_inspect_prints_what_can_be_widened_and_why_the_rest_cannot(tmp_path, mo
     assert "output layer" in printed
 
 
+def test_inspect_tells_of_widths_written_into_the_code(tmp_path, monkeypatch, capsys):
+    insists = MODEL.replace("nn.Tanh()", "nn.Tanh(), nn.Unflatten(1, (4,))")
+    (tmp_path / "cli_insists.py").write_text(insists)
+    monkeypatch.chdir(tmp_path)
+    assert main(["inspect", "cli_insists:build"]) == 0
+    assert "does not follow its width" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
 def test_inspect_counts_redundant_neurons(tmp_path, monkeypatch, capsys):
     """Neuron 1 nearly repeats neuron 0, nobody reads neuron 2, neuron 3 reads nothing."""
     spoilt = MODEL.replace(
