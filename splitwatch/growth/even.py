@@ -33,6 +33,9 @@ The whole step lowers the loss most at growth and ends worse: what it brings is 
 which training at a high rate leaves soon.
 """
 
+KEPT = 8
+"""Fewest candidates that are improved: in the middle of training twice as many gain nothing, and cost as much."""
+
 GRAIN = 64
 """Where budgets do not allow the whole ratio, so many parts of what it adds are the choice."""
 
@@ -55,8 +58,8 @@ def plan_even(
         return GrowthPlan(layers, (), no_room(layers))
     able = [layer for layer in layers if counts[layer.name] and holds_sprouts(layer)]
     found = [
-        pursue(model, layer, probe, counts[layer.name], geometry.get(layer.name), max_bytes=policy.max_bytes)
-        for layer in able
+        pursue(model, x, probe, counts[x.name], geometry.get(x.name), max_bytes=policy.max_bytes, improved=KEPT)
+        for x in able
     ]
     splits = [move for layer in layers if layer not in able for move in _splits(model, layer, geometry, probe, counts)]
     parted = _parted(model, GrowthPlan(layers, tuple(splits), ""), probe)

@@ -31,11 +31,8 @@ from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, Sprout
 
 POOL, MOST = 2, 512
 """Candidates tried in a layer, relative to the neurons wanted, and the most beyond them; more gained nothing."""
-LEAST, KEPT = 32, 8
-"""Fewest candidates, and fewest of them that are improved: where few neurons are wanted there has to be a choice.
-
-Sixteen candidates are too few (a tenth more area where 8 neurons are wanted); improving 16 gained nothing over 8.
-"""
+LEAST, KEPT = 32, 16
+"""Fewest candidates, and fewest of them that are improved: where few neurons are wanted there has to be a choice."""
 REACHES = (0.3, 1.0)
 """Finite steps along split directions among the candidates, relative to the norm of the incoming weights."""
 ASCENT, RATE = 5, 0.1
@@ -110,6 +107,7 @@ def pursue(
     geometry: LayerGeometry | None = None,
     *,
     max_bytes: int,
+    improved: int = KEPT,
     seed: int = 0,
 ) -> Seedlings:
     """Search a layer for new neurons; the model and the process's RNG stay as they are.
@@ -121,6 +119,7 @@ def pursue(
         wanted: at most so many; fewer where features repeat.
         geometry: of the layer; finite steps along its split directions are candidates too.
         max_bytes: what may be kept in memory, and once more for the graph of one batch.
+        improved: so many candidates, or as many as are wanted.
         seed: of the random candidates.
 
     Returns:
@@ -133,7 +132,7 @@ def pursue(
     with full_precision():
         bed = Seedbed(model, layer, probe, count, max_bytes, rows=SEEN)
         w = candidates(bed, geometry, seed)
-        w = w[bed.measure(w, pairs=False).scores.argsort(descending=True, stable=True)[: max(wanted, KEPT)]]
+        w = w[bed.measure(w, pairs=False).scores.argsort(descending=True, stable=True)[: max(wanted, improved)]]
         bed = Seedbed(model, layer, probe, len(w), max_bytes)
         w = ascend(bed, w)
         kept, explained = select(found := bed.measure(w), wanted)
