@@ -79,8 +79,7 @@ def prices(model: nn.Module, probe: Probe, policy: GrowthPolicy, layers: Sequenc
     """What one more neuron of each layer costs, the others left as they are; in a grouped one its share of a round."""
     before, found = size(model, probe, policy), {}
     for x in layers:
-        one_round = duplicates(model, x, {group * x.width // x.groups: (0.5, 0.5) for group in range(x.groups)})
-        more = size_with(model, probe, policy, layers, one_round).less(before)
+        more = size_with(model, probe, policy, layers, one_round(model, x)).less(before)
         found[x.name] = Size(*(value / x.groups for value in astuple(more)))
     return found
 
@@ -113,6 +112,11 @@ def duplicates(model: nn.Module, layer: HiddenLayer, coefficients: Mapping[int, 
         Split(layer.name, r, tuple(shares), d.expand(len(shares), -1), c.expand(len(shares), -1), 0.0)
         for r, shares in coefficients.items()
     ]
+
+
+def one_round(model: nn.Module, layer: HiddenLayer) -> list[Split]:
+    """One more neuron in each of a layer's groups, without offsets."""
+    return duplicates(model, layer, {group * layer.width // layer.groups: (0.5, 0.5) for group in range(layer.groups)})
 
 
 def _or_inf(limit: float | None) -> float:

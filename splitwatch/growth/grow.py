@@ -11,6 +11,7 @@ from math import inf, isfinite
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from splitwatch.anatomy import plain_name
 from splitwatch.events import GrowthEvent
@@ -130,9 +131,7 @@ def _check_finite(plan: GrowthPlan) -> None:
     for move in plan.moves:
         names = ("in_offset", "out_offset") if isinstance(move, Split) else ("incoming", "outgoing", "others", "biases")
         for name in names:
-            value = getattr(move, name)
-            tensors = value if isinstance(value, tuple) else () if value is None else (value,)
-            if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+            if not all(leaf is None or bool(leaf.isfinite().all()) for leaf in tree_leaves(getattr(move, name))):
                 raise SplitWatchError(
                     f"plan: required finite numbers in every move, found nan or inf in {name} of {move}; plan again"
                 )

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from splitwatch.growth.cost import duplicate
+from splitwatch.growth.cost import one_round
 from splitwatch.growth.grow import UNFOLLOWED, widened
 from splitwatch.probe import Probe
 from splitwatch.ranks import largest_over_ranks
@@ -33,8 +33,7 @@ def tried(model: nn.Module, layers: Sequence[HiddenLayer], probe: Probe, names: 
 
 def _failure(model: nn.Module, layer: HiddenLayer, probe: Probe) -> str:
     """What goes wrong when a layer has a neuron more in each of its groups, nothing where all goes well."""
-    one_round = [duplicate(model, layer, group * layer.width // layer.groups) for group in range(layer.groups)]
-    with widened(model, GrowthPlan((layer,), tuple(one_round), ""), offsets=False):
+    with widened(model, GrowthPlan((layer,), tuple(one_round(model, layer)), ""), offsets=False):
         why = _error(model, probe)
     anywhere = largest_over_ranks(float(why is not None))  # every rank leaves the layer out, or none
     return f"the forward pass does not follow its width ({why or 'on another rank'})" if anywhere else ""
