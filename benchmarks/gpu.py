@@ -30,7 +30,16 @@ from rich.table import Table
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from splitwatch import GrowthPlan, Probe, Split, find_hidden_layers, grow, measure_geometry
+from splitwatch import (
+    GrowthPlan,
+    GrowthPolicy,
+    Probe,
+    Split,
+    find_hidden_layers,
+    grow,
+    measure_geometry,
+    plan_growth,
+)
 from splitwatch.geometry.dense import layer_curvature
 
 TOLERANCE = 1e-3  # float32 against float64, both stopped at the solver's default tolerance
@@ -115,13 +124,17 @@ def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor], half: torch.dtype | 
 
 @dataclass(frozen=True)
 class Row:
-    """Milliseconds, bytes (0 where the device does not count them), relative deviation and drift."""
+    """Milliseconds, bytes (0 where the device does not count them), relative deviation and drift.
+
+    ``event`` widens every layer to twice its width, in steps of the widened network.
+    """
 
     network: str
     precision: str
     step: float
     product: float
     geometry: float
+    event: float
     peak: int
     deviation: float
     worst: float
@@ -134,8 +147,6 @@ def row(setup: Setup, precision: str, reference: dict[str, Tensor], device: torc
     model, loss = setup.build().to(device), partial(loss_fn, half=half)
     probe = Probe(setup.data(setup.batch, device, torch.float32), loss)
     small = Probe(setup.data(setup.checked, device, torch.float32), loss)
-    optimizer = torch.optim.Adam(model.parameters())
-    scaler = torch.amp.GradScaler(device.type, enabled=half is torch.float16)
     worst = largest_deviations(values(model, small), reference)
     layers = [layer for layer in find_hidden_layers(model, probe) if layer.growable]
     curvature = layer_curvature(model, layers[0], probe, "fitted")
@@ -146,15 +157,33 @@ def row(setup: Setup, precision: str, reference: dict[str, Tensor], device: torc
     geometry = milliseconds(partial(measure_geometry, model, probe, layers), device, 1)
     peak = peak_bytes(device)
     drift = drift_at_growth(copy.deepcopy(model), small)
-    step = milliseconds(partial(training_step, model, optimizer, scaler, loss, probe.fitted[0]), device, repeats)
-    return Row(setup.name, precision, step, product, geometry, peak, worst[-1], worst[0], drift)
+    event = milliseconds(partial(doubled, model, probe), device, 1)
+    step = step_time(model, loss, half, probe, repeats)
+    event /= step_time(doubled(model, probe), loss, half, probe, repeats)
+    return Row(setup.name, precision, step, product, geometry, event, peak, worst[-1], worst[0], drift)
 
 
-def training_step(model, optimizer, scaler, loss, batch) -> None:
-    optimizer.zero_grad()
-    scaler.scale(loss(model, batch)).backward()
-    scaler.step(optimizer)
-    scaler.update()
+def doubled(model: nn.Module, probe: Probe) -> nn.Module:
+    """A copy with every layer at twice its width: search, line search and surgery of one scheduled growth event."""
+    grown = copy.deepcopy(model)
+    plan = plan_growth(grown, {}, probe, GrowthPolicy(moves="even", max_ratio=2))
+    assert grow(grown, plan, probe=probe).grown
+    return grown
+
+
+def step_time(model: nn.Module, loss, half: torch.dtype | None, probe: Probe, repeats: int) -> float:
+    """Milliseconds of a training step with Adam."""
+    device = next(model.parameters()).device
+    optimizer = torch.optim.Adam(model.parameters())
+    scaler = torch.amp.GradScaler(device.type, enabled=half is torch.float16)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        scaler.scale(loss(model, probe.fitted[0])).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    return milliseconds(step, device, repeats)
 
 
 def milliseconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
@@ -223,11 +252,22 @@ def references(every: Sequence[Setup]) -> dict[str, dict[str, Tensor]]:
 
 def table(rows: Sequence[Row], title: str) -> Table:
     shown = Table(title=title)
-    for column in ("network", "training in", "step", "one product", "geometry", "peak", "deviation", "worst", "drift"):
+    for column in (
+        "network",
+        "training in",
+        "step",
+        "one product",
+        "geometry",
+        "event",
+        "peak",
+        "deviation",
+        "worst",
+        "drift",
+    ):
         shown.add_column(column, justify="left" if column in ("network", "training in") else "right")
     for r in rows:
         peak = f"{r.peak / 2**20:.0f} MiB" if r.peak else "–"
-        times = (f"{r.step:.2f} ms", f"{r.product:.2f} ms", f"{r.geometry:.0f} ms")
+        times = (f"{r.step:.2f} ms", f"{r.product:.2f} ms", f"{r.geometry:.0f} ms", f"{r.event:.0f} steps")
         shown.add_row(r.network, r.precision, *times, peak, f"{r.deviation:.1e}", f"{r.worst:.1e}", f"{r.drift:.1e}")
     return shown
 

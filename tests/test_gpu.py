@@ -157,7 +157,7 @@ def test_a_saved_grower_goes_on():
     growers[1].load_state_dict(growers[0].state_dict())
     for _ in range(10):
         growers[1].observe(probe.fitted[0], mse(model, probe.fitted[0]))
-    assert len(growers[1].detector.means) == 2
+    assert len(growers[1].watcher.detector.means) == 2
 
 
 def test_memory_is_given_back(record_property):
