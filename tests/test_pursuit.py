@@ -81,8 +81,8 @@ def test_gains_are_the_slopes_of_the_loss(name, layer_name):
         for i in {0, bed.c // 2, bed.c - 1}:
             unit = torch.zeros(bed.c, dtype=torch.float64)
             unit[i] = 1.0
-            others, biases = rebalance(bed.readers, measured.combination[:, k], unit)
-            move = Sprout(layer.name, w[k], unit, others=others, biases=biases)
+            change, biases = rebalance(bed.readers, measured.combination[:, k, None], unit[None])
+            move = Sprout(layer.name, w[k], unit, others=(change.T, unit[None]), biases=biases[0])
             losses = []
             for size in (1e-5, -1e-5):
                 with widened(model, GrowthPlan((layer,), (scale(move, size),), "")):

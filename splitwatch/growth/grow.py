@@ -64,9 +64,9 @@ def grow(
             optimizer states and sizes are the very objects they were. Ctrl-C waits until a loss is computed.
     """
     optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
-    _check_finite(plan)
     with held_back() as interruptible:
         surgery = prepare(model, plan)
+        _check_finite(plan, surgery)
         with all_or_nothing(model, surgery, optimizers):
             return _grown(model, plan, surgery, optimizers, probe, interruptible)
 
@@ -126,8 +126,10 @@ def _check_owned(surgery: Surgery, optimizers: Sequence[Optimizer], names: dict[
             setattr(item.new, _TOLD, True)
 
 
-def _check_finite(plan: GrowthPlan) -> None:
+def _check_finite(plan: GrowthPlan, surgery: Surgery) -> None:
     """Refuse moves with weights that are not numbers; without a probe nothing else would see them."""
+    if all(bool(item.new.isfinite().all()) for item in surgery.replacements):
+        return
     for move in plan.moves:
         names = ("in_offset", "out_offset") if isinstance(move, Split) else ("incoming", "outgoing", "others", "biases")
         for name in names:

@@ -103,6 +103,34 @@ def apart(layers: Sequence[HiddenLayer]) -> list[list[HiddenLayer]]:
     return [group for group, _ in groups]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Changes:
+    """All that n sprouts of a layer of width m change, in float64 on the model's device.
+
+    Their outgoing weights (n, c), the factors (m, r) and (r, c) of what is added to existing ones, of which ``owner``
+    (r,) says whose they are, and what is added to the consumers' biases, (n, outputs) or None.
+    """
+
+    outgoing: Tensor
+    left: Tensor
+    right: Tensor
+    owner: Tensor
+    biases: Tensor | None
+
+    @classmethod
+    def of(cls, sprouts: Sequence[Sprout], width: int, device: torch.device) -> _Changes:
+        outgoing = torch.stack([move.outgoing for move in sprouts])
+        none = outgoing.new_zeros(width, 0), outgoing.new_zeros(0, outgoing.shape[1])
+        left, right = zip(*(move.others or none for move in sprouts), strict=True)
+        owner = torch.tensor([j for j, part in enumerate(right) for _ in part], dtype=torch.long, device=device)
+        added = [move.biases for move in sprouts]
+        size = next((len(part) for part in added if part is not None), 0)
+        biases = [outgoing.new_zeros(size) if part is None else part for part in added]
+        numbers = outgoing, torch.cat(left, dim=1), torch.cat(right), torch.stack(biases)
+        outgoing, left, right, biases = (part.to(device, torch.float64) for part in numbers)
+        return cls(outgoing, left, right, owner, biases if size else None)
+
+
 def _asked(
     model: nn.Module, sprouts: Mapping[HiddenLayer, Sequence[Sprout]], probe: Probe
 ) -> tuple[list[Promise], float]:
@@ -110,29 +138,28 @@ def _asked(
     moves = [move for some in sprouts.values() for move in some]
     silent = GrowthPlan(tuple(sprouts), tuple(scale(move, 0.0) for move in moves), "")
     wide = [replace(layer, width=layer.width + len(some)) for layer, some in sprouts.items()]
+    device = next(model.parameters()).device
+    changes = {layer.name: _Changes.of(some, layer.width, device) for layer, some in sprouts.items()}
     values, weights = [], []
     with widened(model, silent):
         for traces in probe.traces(model, wide, "held_out", -(-PARTS // len(probe.held_out))):
-            values.append(torch.cat([_along(traces[x.name], x.width, some) for x, some in sprouts.items()]))
+            values.append(torch.cat([_along(traces[name], change) for name, change in changes.items()]))
             weights.append(next(iter(traces.values())).share)
     slopes = torch.stack(values)
     found = mean_with_error(slopes, slopes.new_tensor(weights) * share_of(probe.samples("held_out")))
-    items = zip(moves, *found, strict=True)
-    return [Promise(move, float(slope), float(error), False) for move, slope, error in items], summed_number(
-        len(values)
-    )
+    numbers = (part.tolist() for part in found)
+    asked = [Promise(move, slope, error, False) for move, slope, error in zip(moves, *numbers, strict=True)]
+    return asked, summed_number(len(values))
 
 
-def _along(trace: LayerTrace, width: int, sprouts: Sequence[Sprout]) -> Tensor:
+def _along(trace: LayerTrace, changes: _Changes) -> Tensor:
     """The slopes of one batch's mean loss, (n,), from its gradient in all that the sprouts change."""
     blocks = channels(trace, trace.path(*trace.pre_activations()), 0, trace.layer.width)
-    gradient = outgoing_gradient(trace, blocks).double()
+    old, new = outgoing_gradient(trace, blocks).double().split([len(changes.left), len(changes.outgoing)])
+    slopes = (changes.outgoing * new).sum(1)
+    slopes = slopes.index_add(0, changes.owner, (changes.right * (changes.left.T @ old)).sum(1))
+    if changes.biases is None:
+        return slopes
     maps = zip(trace.consumers, trace.signals, strict=True)
     biases = [consumer.bias_gradient(signal) for consumer, signal in maps if consumer.has_bias]
-    biases = torch.cat([gradient.new_zeros(0), *biases])
-    slopes = []
-    for move, own in zip(sprouts, gradient[width:], strict=True):
-        left, right = move.others or (gradient.new_zeros(width, 0), gradient.new_zeros(0, len(own)))
-        changes = (move.outgoing, own), (right, left.to(gradient).T @ gradient[:width]), (move.biases, biases)
-        slopes.append(sum((change.to(slope) * slope).sum() for change, slope in changes if change is not None))
-    return torch.stack([torch.as_tensor(slope) for slope in slopes])
+    return slopes + changes.biases @ torch.cat(biases).double()

@@ -67,7 +67,7 @@ class Seedlings:
     def silent(self) -> tuple[Sprout, ...]:
         """Those that were not chosen, without outgoing weights, for who needs the whole number."""
         still, why = torch.zeros(self.measured.gain.shape[1]), "silent: nothing new to the layer yet"
-        return tuple(Sprout(self.layer.name, w.cpu(), still.to(w).cpu(), 0.0, why) for w in self.repeats)
+        return tuple(Sprout(self.layer.name, w, still.to(w), 0.0, why) for w in self.repeats.cpu())
 
     def sprouts(self) -> tuple[Sprout, ...]:
         """The neurons with outgoing weights −(Q + ridge)⁻¹g, up to the scale of the loss; predictions are −½ g·v."""
@@ -76,27 +76,31 @@ class Seedlings:
         gain, left = self.measured.gain, self.measured.left + RIDGE * self.measured.norm.diag()
         size = left.diagonal().sqrt()[:, None]
         outgoing = -torch.linalg.solve(left / size / size.T, gain / size) / size
-        moves, falls = [], (-0.5 * (gain * outgoing).sum(1)).tolist()
-        for w, v, fall, a in zip(self.incoming, outgoing, falls, self.measured.combination.T, strict=True):
-            (left, right), biases = rebalance(self.readers, a, v)
-            w, v, left, right, biases = (part.to(w).cpu() for part in (w, v, left, right, biases))
-            moves.append(Sprout(self.layer.name, w, v, fall, "", (left, right), biases))
-        return tuple(moves)
+        falls = (-0.5 * (gain * outgoing).sum(1)).tolist()
+        change, biases = rebalance(self.readers, self.measured.combination, outgoing)
+        parts = (part.to(self.incoming).cpu() for part in (self.incoming, outgoing, change, biases))
+        return tuple(
+            Sprout(self.layer.name, w, v, fall, "", (a[:, None], v[None]), b)
+            for w, v, a, b, fall in zip(*parts, falls, strict=True)
+        )
 
 
-def rebalance(readers: Sequence[Reader], combination: Tensor, outgoing: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """What takes φ − φ⊥ out: factors of a change (m, c) of existing outgoing weights, and the biases' (outputs,).
+def rebalance(readers: Sequence[Reader], combination: Tensor, outgoing: Tensor) -> tuple[Tensor, Tensor]:
+    """What takes φ − φ⊥ of k new neurons out: a and b, (k, m) and (k, outputs).
+
+    Existing outgoing weights change by aᵀv, the biases of the consumers that have some by the sum of b.
 
     Args:
         readers: the layer's consumers.
-        combination: how existing neurons and the consumers' biases make φ − φ⊥ of one new neuron, (m + biases,).
-        outgoing: the new neuron's outgoing weights, (c,).
+        combination: how existing neurons and the consumers' biases make φ − φ⊥, (m + biases, k).
+        outgoing: the new neurons' outgoing weights v, (k, c).
     """
     biased = sum(reader.has_bias for reader in readers)
-    neurons, constants = combination[: len(combination) - biased], iter(combination[len(combination) - biased :])
-    parts = zip(readers, outgoing.split([reader.size for reader in readers]), strict=True)
-    biases = [-next(constants) * part.reshape(x.outputs, -1).sum(1) for x, part in parts if x.has_bias]
-    return (-neurons[:, None], outgoing[None]), torch.cat([outgoing[:0], *biases])
+    neurons, constants = combination.split([len(combination) - biased, biased])
+    parts = zip(readers, outgoing.split([reader.size for reader in readers], dim=1), strict=True)
+    sums = [part.reshape(len(part), x.outputs, -1).sum(2) for x, part in parts if x.has_bias]
+    biases = [-constant[:, None] * part for constant, part in zip(constants, sums, strict=True)]
+    return -neurons.T, torch.cat([outgoing[:, :0], *biases], dim=1)
 
 
 def pursue(
@@ -185,10 +189,10 @@ def select(measured: Measured, count: int) -> tuple[Tensor, Tensor]:
     """
     gain, left = measured.gain.clone(), measured.left.clone()
     chosen, explained = [], []
-    open_ = torch.ones(len(gain), dtype=torch.bool, device=gain.device)
+    open_, least = torch.ones(len(gain), dtype=torch.bool, device=gain.device), THRESHOLD * measured.norm
     for _ in range(min(count, len(gain))):
         rest = left.diagonal()
-        open_ &= rest > THRESHOLD * measured.norm
+        open_ &= rest > least
         scores = torch.where(open_, gain.square().sum(1) / rest, 0)
         i = int(scores.argmax())
         if not scores[i] > 0:

@@ -56,9 +56,11 @@ def halves(model: nn.Module, layer: HiddenLayer, probe: Probe, count: int, max_b
     w, v = neuron_weights(model, layer)
     offset = (w.norm(dim=1, keepdim=True) * found.min_vector.to(w)).cpu()
     falls = (-0.5 * found.min_value.to(w) * w.square().sum(1)).cpu()
-    best = [r for r in falls.argsort(descending=True, stable=True).tolist() if falls[r] > 0][:count]
-    still = torch.zeros(2, v.shape[1], dtype=v.dtype)
-    return [Split(layer.name, r, EQUAL, torch.stack([offset[r], -offset[r]]), still, float(falls[r])) for r in best]
+    falls, best = falls.sort(descending=True, stable=True)
+    best = best[falls > 0][:count]
+    still, apart = torch.zeros(2, v.shape[1], dtype=v.dtype), torch.stack([offset, -offset], dim=1)[best]
+    found = zip(best.tolist(), apart, falls.tolist(), strict=False)
+    return [Split(layer.name, r, EQUAL, u, still, fall) for r, u, fall in found]
 
 
 def _seen(model: nn.Module, layer: HiddenLayer, probe: Probe, max_bytes: int) -> LayerCurvature:

@@ -37,7 +37,7 @@ class IndexMap:
         last = torch.full((self.old_width,), len(self.source))
         return last.scatter_reduce(0, self.source[held], places[held], "amin")
 
-    def __call__(self, tensor: Tensor, factor: Tensor | None = None, default: float = 0.0) -> Tensor:
+    def __call__(self, tensor: Tensor, factor: Tensor | None = None, default: float | Tensor = 0.0) -> Tensor:
         """The widened tensor: copies by ``source``, times ``factor`` (new width,); sprouts have the ``default``."""
         blocks = self.blocks(tensor)
         copied = blocks.index_select(0, self.source.clamp(min=0).to(tensor.device))
@@ -108,14 +108,13 @@ class _Neuron:
 
     source: int
     coefficient: float
-    in_offset: Tensor
-    out_offset: Tensor
+    in_offset: Tensor | None = None
+    out_offset: Tensor | None = None
 
 
 def _widening(model: nn.Module, layer: HiddenLayer, moves: Sequence[Split | Sprout]) -> Widening:
     d, c = _sizes(model, layer)
-    still = torch.zeros(d, dtype=torch.float64), torch.zeros(c, dtype=torch.float64)
-    neurons = [_Neuron(r, 1.0, *still) for r in range(layer.width)]
+    neurons = [_Neuron(r, 1.0) for r in range(layer.width)]
     split: set[int] = set()
     for move in moves:
         _check_move(move, layer, d, c, split)
@@ -128,7 +127,8 @@ def _widening(model: nn.Module, layer: HiddenLayer, moves: Sequence[Split | Spro
         neurons[move.neuron] = first
         neurons += others
     like = submodule(model, layer.producers[0]).weight
-    out_offset = torch.stack([neuron.out_offset.to(like) for neuron in neurons])
+    in_offset = _stacked([neuron.in_offset for neuron in neurons], d, like)
+    out_offset = _stacked([neuron.out_offset for neuron in neurons], c, like)
     sprouts = [move for move in moves if isinstance(move, Sprout)]
     if factors := [move.others for move in sprouts if move.others is not None]:
         left, right = zip(*factors, strict=True)
@@ -139,10 +139,18 @@ def _widening(model: nn.Module, layer: HiddenLayer, moves: Sequence[Split | Spro
         layer,
         torch.tensor([neuron.source for neuron in neurons])[order],
         torch.tensor([neuron.coefficient for neuron in neurons], dtype=torch.float64)[order],
-        torch.stack([neuron.in_offset.to(like) for neuron in neurons])[order],
+        in_offset[order],
         out_offset[order],
         torch.stack(biases).sum(0) if biases else None,
     )
+
+
+def _stacked(offsets: Sequence[Tensor | None], size: int, like: Tensor) -> Tensor:
+    """Offsets one below the other, zero where there is none; they go to the model's device in one piece."""
+    stacked = torch.zeros(len(offsets), size, dtype=like.dtype)
+    if given := {j: offset for j, offset in enumerate(offsets) if offset is not None}:
+        stacked[[*given]] = torch.stack([offset.to("cpu", like.dtype) for offset in given.values()])
+    return stacked.to(like.device)
 
 
 def _by_group(layer: HiddenLayer, source: Sequence[int]) -> list[int]:
