@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import singledispatch
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
@@ -14,11 +15,14 @@ from splitwatch.records import UnsupportedLayerError
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fields:
-    """The tensors of a module with one entry per neuron along an axis, the sizes that follow, defaults for sprouts."""
+    """The tensors of a module with one entry per neuron along an axis, the sizes that follow, defaults for sprouts.
+
+    A default is a number (zero where none is given), or what makes one of the existing entries.
+    """
 
     tensors: tuple[str, ...]
     sizes: tuple[str, ...]
-    defaults: tuple[tuple[str, float], ...] = ()
+    defaults: tuple[tuple[str, float | Callable[[Tensor], Tensor]], ...] = ()
 
 
 @singledispatch
@@ -66,7 +70,7 @@ def _(module: _ConvNd) -> Fields:
 
 @rows.register
 def _(module: _BatchNorm) -> Fields:
-    defaults = (("weight", 1.0), ("running_var", 1.0))
+    defaults = (("weight", 1.0), ("running_var", Tensor.mean))
     return Fields(("weight", "bias", "running_mean", "running_var"), ("num_features",), defaults)
 
 

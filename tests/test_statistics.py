@@ -1,6 +1,7 @@
 """BatchNorm statistics after growth: those of the new neurons' own pre-activations, the function as planned."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -74,6 +75,20 @@ def test_eval_mode_computes_what_was_planned_and_training_mode_the_same():
         rtol=1e-6,
         atol=1e-6,
     )
+
+
+def test_a_sprouts_features_are_of_the_size_of_normalised_ones():
+    """Whatever scale existing pre-activations have: γ' is their spread against the root mean of running variances."""
+    model, probe, plan = scene()
+    with torch.no_grad():
+        model[0].weight *= 50
+        model[1].running_var *= 2500
+    usual = model[1].running_var.mean()
+    sprout = replace(plan.moves[-1], incoming=50 * plan.moves[-1].incoming)
+    grow(model, replace(plan, moves=(sprout,)), probe=probe)
+    gamma = float(model[1].weight[-1].detach())
+    assert gamma == pytest.approx(float((model[1].running_var[-1] / usual).sqrt()), rel=1e-4)
+    assert 0.1 < gamma < 10
 
 
 @pytest.mark.parametrize("name", ["conv+bn", "residual blocks", "inverted bottleneck"])

@@ -1,8 +1,9 @@
 """BatchNorm statistics of new neurons: those of their own pre-activations, without changing what the network computes.
 
-A copy begins with its source's running mean μ and variance σ², a sprout with 0 and 1; all that is predicted and tried
-out, in eval mode, rests on them. In training mode BatchNorm uses the copy's own statistics at once, in eval mode after
-some hundred steps. So both are measured on the probe, μ' and σ'², and put in place together with
+A copy begins with its source's running mean μ and variance σ², a sprout with 0 and the mean of the variances, which
+scales it about as if it were normalised; all that is predicted and tried out, in eval mode, rests on them. In training
+mode BatchNorm uses the copy's own statistics at once, in eval mode after some hundred steps. So both are measured on
+the probe, μ' and σ'², and put in place together with
 
     γ' = γ √(σ'² + ε) / √(σ² + ε),    β' = β + γ (μ' − μ) / √(σ² + ε),
 

@@ -135,7 +135,7 @@ class _Edit:
     index: IndexMap
     gain: Tensor
     offset: Tensor | None = None
-    default: float = 0.0
+    default: float | Tensor = 0.0
     then: tuple[_Edit, ...] = ()
 
     @property
@@ -206,8 +206,9 @@ def _edits(model: nn.Module, widening: Widening) -> Iterator[tuple[_Edit, tuple[
     for name in layer.riders:
         fields = rows(module := submodule(model, name))
         sizes = fields.sizes
-        for attribute, _ in _present(module, fields):
+        for attribute, tensor in _present(module, fields):
             default = dict(fields.defaults).get(attribute, 0.0)
+            default = default(tensor) if callable(default) else default
             yield _Edit(module, attribute, index, widening.coefficients, default=default), sizes
             sizes = ()
     position = 0
