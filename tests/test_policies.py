@@ -522,5 +522,6 @@ def test_ascent_runs_each_place_once(monkeypatch):
     monkeypatch.setattr(
         Seedbed, "_moments", lambda *arguments, **named: calls.append(1) or moments(*arguments, **named)
     )
+    monkeypatch.setattr(pursuit, "widely", lambda bed, w: w)
     pursuit.pursue(model, layer, probe, 2, max_bytes=2**28)
     assert len(calls) == ASCENT + 2

@@ -13,7 +13,7 @@ from splitwatch import Grower, GrowthPolicy, Probe, grow, measure_geometry, plan
 from splitwatch.growth import mixture, pursuit, seedbed
 from splitwatch.growth.cost import duplicate
 from splitwatch.growth.grow import count_parameters, widened
-from splitwatch.growth.pursuit import ascend, candidates, pursue, rebalance, select, sized
+from splitwatch.growth.pursuit import KEPT, MORE, WIDEST, ascend, candidates, pursue, rebalance, select, sized, widely
 from splitwatch.growth.search import scale, searched
 from splitwatch.growth.seedbed import RIDGE, THRESHOLD, Seedbed
 from splitwatch.records import GrowthPlan, Split, Sprout, UnsupportedLayerError
@@ -172,6 +172,38 @@ def test_the_greedy_choice_is_that_of_explicit_least_squares(outputs):
         assert picked == max(range(len(w)), key=lambda k: reductions[k])
         assert gain == pytest.approx(scale * reductions[picked], rel=1e-8)
         features = torch.cat([features, new[:, [picked]]], dim=1)
+
+
+@pytest.mark.parametrize(("size", "steep", "expected"), [(1.0, 0.5, 1.0), (0.3, 4.0, 4.0)])
+def test_new_neurons_are_as_steep_as_the_target_asks(size, steep, expected):
+    """Doubled while explicit least squares on the wider features explains clearly more; a flat target asks for none."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1, 2), nn.Tanh(), nn.Linear(2, 1)).double()
+    with torch.no_grad():
+        model[0].weight.fill_(size)
+        model[0].bias.copy_(torch.tensor([0.1, -0.2]))
+    x = torch.randn(400, 1, dtype=torch.float64)
+    y = torch.tanh(steep * x) + torch.sin(steep * x)
+    probe = Probe([(x, y)], mse)
+    x, y = probe.fitted[0]
+    features = torch.cat([model[:2](x).detach(), torch.ones_like(x)], dim=1)
+    with torch.no_grad():
+        solved = torch.linalg.lstsq(features, y).solution
+        model[2].weight.copy_(solved[:-1].T)
+        model[2].bias.copy_(solved[-1])
+    bed = Seedbed(model, only(model, probe, "0"), probe, 8, BYTES)
+    w = bed.fitted_to_data(torch.randn(8, 2, dtype=torch.float64), torch.rand(8, dtype=torch.float64))
+
+    def explained(factor):
+        chosen = select(bed.measure(factor * w[:KEPT]), KEPT)[0]  # of those that are hardly new none count
+        new = torch.tanh(F.linear(x, factor * w[chosen, :-1], factor * w[chosen, -1]))
+        return residual(features, y) - residual(torch.cat([features, new], dim=1), y)
+
+    factor = 1.0
+    while factor < WIDEST and explained(2 * factor) > MORE * explained(factor):
+        factor *= 2
+    assert factor == expected
+    assert torch.equal(widely(bed, w), factor * w)
 
 
 def test_repeated_features_are_chosen_once():
