@@ -525,3 +525,15 @@ def test_ascent_runs_each_place_once(monkeypatch):
     monkeypatch.setattr(pursuit, "widely", lambda bed, w: w)
     pursuit.pursue(model, layer, probe, 2, max_bytes=2**28)
     assert len(calls) == ASCENT + 2
+
+
+@pytest.mark.parametrize(("room", "most", "asked"), [(100, 6, 1), (4, 4, 4), (0, 0, 4)])
+def test_budgets_that_are_not_reached_are_asked_once(monkeypatch, room, most, asked):
+    model, probe = ZOO["mlp"].make()
+    layers, looks = growable(model, probe), []
+    layer, counted = layers[0], cost.size_with
+    moves = cost.duplicates(model, layer, dict.fromkeys(range(6), (0.5, 0.5)))
+    monkeypatch.setattr(cost, "size_with", lambda *given: looks.append(len(given[-1])) or counted(*given))
+    found = cost.fitting(model, probe, GrowthPolicy(max_neurons=room), layers, moves)
+    assert found == tuple(moves[:most])
+    assert len(looks) <= asked

@@ -97,7 +97,8 @@ def fitting(
     def exceeds(count: int) -> bool:
         return limit.less(size_with(model, probe, policy, layers, [*chain(*parts[:count])])).overdrawn
 
-    return tuple(chain(*parts[: bisect_left(range(1, len(parts) + 1), True, key=exceeds)]))
+    most = len(parts)
+    return tuple(chain(*parts[: bisect_left(range(1, most), True, key=exceeds) if exceeds(most) else most]))
 
 
 def duplicate(model: nn.Module, layer: HiddenLayer, neuron: int, coefficients: Sequence[float] = (0.5, 0.5)) -> Split:

@@ -56,10 +56,10 @@ def halves(model: nn.Module, layer: HiddenLayer, probe: Probe, count: int, max_b
     w, v = neuron_weights(model, layer)
     offset = (w.norm(dim=1, keepdim=True) * found.min_vector.to(w)).cpu()
     falls = (-0.5 * found.min_value.to(w) * w.square().sum(1)).cpu()
-    falls, best = falls.sort(descending=True, stable=True)
-    best = best[falls > 0][:count]
+    falls, order = falls.sort(descending=True, stable=True)
+    best, falls = (part[falls > 0][:count] for part in (order, falls))
     still, apart = torch.zeros(2, v.shape[1], dtype=v.dtype), torch.stack([offset, -offset], dim=1)[best]
-    found = zip(best.tolist(), apart, falls.tolist(), strict=False)
+    found = zip(best.tolist(), apart, falls.tolist(), strict=True)
     return [Split(layer.name, r, EQUAL, u, still, fall) for r, u, fall in found]
 
 
