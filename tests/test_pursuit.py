@@ -206,6 +206,21 @@ def test_new_neurons_are_as_steep_as_the_target_asks(size, steep, expected):
     assert torch.equal(widely(bed, w), factor * w)
 
 
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [((nn.ReLU(),), True), ((nn.BatchNorm2d(3), nn.LeakyReLU(), nn.AvgPool2d(2)), True), ((nn.SiLU(),), False)],
+)
+def test_features_that_only_scale_are_told_apart(path, expected):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), *path, nn.Conv2d(3, 1, 1)).double().eval()
+    batches = [(torch.randn(4, 2, 6, 6, dtype=torch.float64), torch.randn(4, 1, 1, 1, dtype=torch.float64))] * 2
+    probe = Probe(batches, lambda model, batch: (model(batch[0]).mean((2, 3), keepdim=True) - batch[1]).square().mean())
+    bed = Seedbed(model, only(model, probe, "0"), probe, 4, BYTES)
+    w = candidates(bed, None, 0)
+    assert bed.scales() == expected
+    assert not expected or torch.equal(widely(bed, w), w)
+
+
 def test_repeated_features_are_chosen_once():
     model, probe = settled()
     bed = Seedbed(model, only(model, probe, "0"), probe, 8, BYTES)

@@ -179,6 +179,8 @@ def widely(bed: Seedbed, w: Tensor) -> Tensor:
 
     Where existing neurons are still in the linear part of their activations, features like theirs add little to them.
     """
+    if bed.scales():  # then all explain the same
+        return w
     some, factor = w[:KEPT], 1.0
     explained = select(bed.measure(some), len(some))[1].sum()
     while factor < WIDEST:

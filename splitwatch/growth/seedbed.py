@@ -199,6 +199,15 @@ class Seedbed:
         gain, square, cross = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))
         return gain, square, cross
 
+    @torch.no_grad()
+    def scales(self) -> bool:
+        """Whether what consumers read of a new neuron is twice as much for twice its weights, as next to ReLU."""
+        trace, standing = self.beds[0].trace, self.beds[0].standing
+        places = torch.arange(self.count, device=standing[0].device) % self.layer.width
+        z = [x.index_select(p.channel_axis, places) for x, p in zip(standing, trace.producers, strict=True)]
+        once, twice = (self._through(trace, standing, [factor * x for x in z]) for factor in (1, 2))
+        return everywhere(all(torch.allclose(2 * a, b) for a, b in zip(once, twice, strict=True)))
+
     def fitted_to_data(self, w: Tensor, where: Tensor) -> Tensor:
         """Directions (k', d) scaled so that pre-activations spread like existing neurons', with biases at a sample.
 
@@ -235,9 +244,12 @@ class Seedbed:
 
     def _read(self, trace: LayerTrace, standing: Sequence[Tensor], w: Tensor) -> list[Tensor]:
         """What each consumer reads of the new neurons; those without weights here get zeros."""
-        w = torch.cat([w, w.new_zeros(self.count - len(w), self.d)])
-        maps = zip(standing, lift(trace, w), trace.producers, strict=True)
-        z = [torch.cat([old, new], dim=p.channel_axis) for old, new, p in maps]
+        return self._through(trace, standing, lift(trace, torch.cat([w, w.new_zeros(self.count - len(w), self.d)])))
+
+    def _through(self, trace: LayerTrace, standing: Sequence[Tensor], new: Sequence[Tensor]) -> list[Tensor]:
+        """What each consumer reads of new neurons with some pre-activations."""
+        maps = zip(standing, new, trace.producers, strict=True)
+        z = [torch.cat([old, more], dim=p.channel_axis) for old, more, p in maps]
         return channels(trace, trace.path(*z), self.layer.width, self.count)
 
 
