@@ -290,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         torch.set_float32_matmul_precision(before)
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    console = Console(width=120)
+    console = Console(width=144)
     console.print(table(rows, f"{kind}, torch {torch.__version__}, TF32 allowed in training"))
     bad = [r for r in rows if not (r.deviation <= TOLERANCE and r.drift <= DRIFT)]
     console.print(f"{len(bad)} of {len(rows)} rows out of bounds, {time.perf_counter() - start:.0f} s")

@@ -35,11 +35,8 @@ RESOLUTION = 1e-6
 """Eigenvalues of the existing features' correlations that count as zero, relative to the largest."""
 
 RIDGE = 0.1
-"""Ridge on the outgoing weights relative to ‖φ‖².
-
-Features of which existing ones leave a hundredth would get a tenfold weight for what may be noise of the fitted half;
-losses after growth scattered so widely without it that some runs never recovered.
-"""
+"""Ridge on the outgoing weights relative to ‖φ‖². Features of which existing ones leave a hundredth would get a tenfold
+weight for what may be noise; losses after growth scattered so widely without it that some runs never recovered."""
 
 SEEN = 64
 """Rows that a step of the search sees at least, of as many batches as it takes: on 8 it chooses worse neurons, on twice
