@@ -35,10 +35,11 @@ LEAST, KEPT = 32, 16
 """Fewest candidates, and fewest of them that are improved: where few neurons are wanted there has to be a choice."""
 REACHES = (0.3, 1.0)
 """Finite steps along split directions among the candidates, relative to the norm of the incoming weights."""
-MORE, WIDEST = 1.15, 4.0
-"""How much more twice as wide pre-activations have to explain, and how wide they may get, relative to existing ones.
+MORE = 1.15
+"""How much more candidates of twice the spread have to explain to be taken instead.
 
-In staged training 1.05 makes teachers' students worse, 1.25 gains less where steeper neurons are wanted.
+In staged training 1.05 makes teachers' students worse, 1.25 gains less where steeper neurons are wanted. Four times as
+steep ones gain little more, and where features grow with their weights (SiLU) training with SGD can diverge.
 """
 ASCENT, RATE = 5, 0.1
 """Steps of gradient ascent, and how far the first goes relative to the norm of the incoming weights.
@@ -175,20 +176,15 @@ def candidates(bed: Seedbed, geometry: LayerGeometry | None, seed: int) -> Tenso
 
 
 def widely(bed: Seedbed, w: Tensor) -> Tensor:
-    """Incoming weights (k, d), doubled as long as their features then explain clearly more of what the loss wants.
+    """Incoming weights (k, d), doubled if their features then explain clearly more of what the loss wants.
 
     Where existing neurons are still in the linear part of their activations, features like theirs add little to them.
     """
     if bed.scales():  # then all explain the same
         return w
-    some, factor = w[:KEPT], 1.0
-    explained = select(bed.measure(some), len(some))[1].sum()
-    while factor < WIDEST:
-        more = select(bed.measure(2 * factor * some), len(some))[1].sum()
-        if not more > MORE * explained:
-            break
-        factor, explained = 2 * factor, more
-    return factor * w
+    some = w[:KEPT]
+    one, two = (select(bed.measure(factor * some), len(some))[1].sum() for factor in (1, 2))
+    return 2 * w if two > MORE * one else w
 
 
 def ascend(bed: Seedbed, w: Tensor) -> Tensor:
