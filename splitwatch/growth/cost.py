@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from itertools import chain
 from math import inf
@@ -97,8 +97,12 @@ def fitting(
     def exceeds(count: int) -> bool:
         return limit.less(size_with(model, probe, policy, layers, [*chain(*parts[:count])])).overdrawn
 
-    most = len(parts)
-    return tuple(chain(*parts[: bisect_left(range(1, most), True, key=exceeds) if exceeds(most) else most]))
+    return tuple(chain(*parts[: most_within(len(parts), exceeds)]))
+
+
+def most_within(count: int, exceeds: Callable[[int], bool]) -> int:
+    """The largest number up to ``count`` that does not exceed; ``count`` is asked first, because often all fits."""
+    return bisect_left(range(1, count), True, key=exceeds) if exceeds(count) else count
 
 
 def duplicate(model: nn.Module, layer: HiddenLayer, neuron: int, coefficients: Sequence[float] = (0.5, 0.5)) -> Split:

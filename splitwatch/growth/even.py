@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, replace
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from splitwatch.geometry.measure import EQUAL, measure_geometry
 from splitwatch.geometry.weights import neuron_weights
-from splitwatch.growth.cost import duplicates, limits, size_with
+from splitwatch.growth.cost import duplicates, limits, most_within, size_with
 from splitwatch.growth.grow import widened
 from splitwatch.growth.mixture import counted, holds_sprouts
 from splitwatch.growth.policy import GrowthPolicy
@@ -168,7 +167,7 @@ def _counts(
         moves = [move for x in layers for move in _duplicates(model, x, counts(grains)[x.name])]
         return limit.less(size_with(model, probe, policy, layers, moves)).overdrawn
 
-    grains = GRAIN if not bounded or not exceeds(GRAIN) else bisect_right(range(1, GRAIN), False, key=exceeds)
+    grains = most_within(GRAIN, exceeds) if bounded else GRAIN
     return counts(grains), 1 + more * grains / GRAIN
 
 
