@@ -23,10 +23,11 @@ from growth_run import Run, mean
 from scipy.stats import spearmanr
 
 from splitwatch import GrowthPolicy, Probe, measure_geometry, plan_growth
+from splitwatch.growth.candidates import candidates
 from splitwatch.growth.grow import widened
 from splitwatch.growth.outcomes import outcomes
 from splitwatch.growth.promise import promises
-from splitwatch.growth.pursuit import Seedlings, candidates, sized
+from splitwatch.growth.pursuit import Seedlings, sized
 from splitwatch.growth.search import searched, stretch, weighed
 from splitwatch.growth.seedbed import Seedbed
 from splitwatch.layers import find_hidden_layers, select_layers

@@ -34,7 +34,7 @@ NEEDS = {"gromo": "gromo"}
 PLAIN = {"gromo"}
 """Methods that know only MLPs of one hidden layer."""
 
-OWN = {"splitwatch": splitwatch, "splitwatch, later": splitwatch}
-"""The latter widens at ``Cell.later`` and is compared with fixed widths only."""
+OWN = {"splitwatch": splitwatch, "splitwatch, later": splitwatch, "splitwatch, longer": splitwatch}
+"""The second widens at ``Cell.later``, the third spends ``Cell.longer``; both are compared with fixed widths only."""
 
 GROW: dict[str, Callable[[Site], GrowthPlan]] = {**PEERS, **OWN}

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
-from growth_cells import BY_NAME
+from growth_cells import BY_NAME, SHARE
 from scipy.stats import t as student
 
 Result = dict[str, Any]
@@ -19,9 +19,15 @@ Table = dict[str, dict[str, dict[int, Result]]]
 
 
 def arranged(results: Sequence[Result]) -> Table:
+    """A run that diverged counts as the worst one of its cell that did not."""
     table: Table = defaultdict(lambda: defaultdict(dict))
     for result in results:
-        table[result["cell"]][result["method"]][result["seed"]] = result
+        table[result["cell"]][result["method"]][result["seed"]] = dict(result)
+    for methods in table.values():
+        runs = [run for seeds in methods.values() for run in seeds.values()]
+        worst = {key: max(run[key] for run in runs if math.isfinite(run[key])) for key in ("area", "final")}
+        for run in runs:
+            run |= {key: value for key, value in worst.items() if not math.isfinite(run[key])}
     return table
 
 
@@ -70,7 +76,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 def grown(cell: str, methods: dict[str, dict[int, Result]], own: str) -> list[str]:
     """The methods that the own one is compared with: everything but inner widths of the sweep and other schedules."""
     ends = {f"fixed {BY_NAME[cell].widths[0]}", f"fixed {BY_NAME[cell].widths[-1]}"}
-    rivals = (name for name in methods if name != own and not name.endswith(", later"))
+    rivals = (name for name in methods if name != own and not name.startswith(f"{own}, "))
     return [name for name in rivals if name in ends or not name.startswith("fixed ")]
 
 
@@ -130,7 +136,8 @@ def summary(table: Table, own: str) -> str:
             tied += mean < 0 or mean <= half
             worse += mean > half
         lines.append(f"- {measure}: best in {best} of {len(table)} cells, best or tied in {tied}, worse in {worse}")
-    against = [line for name in (own, f"{own}, later") for line in [*regression(table, name), *reached(table, name)]]
+    names = (own, f"{own}, later", f"{own}, longer")
+    against = [line for name in names for line in [*regression(table, name), *reached(table, name)]]
     return "\n".join([*lines, *against, *predictions(table, own)])
 
 
@@ -163,8 +170,10 @@ def reached(table: Table, own: str) -> list[str]:
             values = [final(run) for run in best.values()]
             error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
             yes = centre(cell, "final", methods[own]) <= fmean(values) + error
-            found.append(f"{cell} {'yes' if yes else 'no'} at {1 / len(fixed):.0%}")
-    return [f"- {own}, the sweep's best metric within its standard error, at so much of its FLOPs: {'; '.join(found)}"]
+            share = SHARE if own.endswith("longer") else 1 / len(fixed)
+            found.append(f"{cell} {'yes' if yes else 'no'} at {share:.0%}")
+    told = f"- {own}, the sweep's best metric within its standard error, at so much of its FLOPs:"
+    return found and [f"{told} {'; '.join(found)}"]
 
 
 def predictions(table: Table, own: str) -> list[str]:

@@ -151,6 +151,7 @@ def execute(cell: Cell, method: str, seed: int, *, after: Callable[[Run], None] 
     start = time.process_time()
     fixed = method.startswith("fixed ")
     width = int(method.split()[1]) if fixed else cell.widths[0]
+    cell = cell.longer if method.endswith("longer") else cell
     run = Run(cell, cell.problem(cell.activation, seed), width, seed)
     shares = cell.later if method.endswith("later") else cell.at
     for share, wide in () if fixed else zip(shares, cell.widths[1:], strict=True):

@@ -124,18 +124,42 @@ class Loan:
     """
 
     def __init__(self) -> None:
-        self._copies = True
-        self._known = False
+        self._copies, self._known = True, False
 
     @contextmanager
     def of(self, batch: Batch) -> Iterator[Batch]:
         """What may be changed inside of the context."""
-        lent = mapped(_copied, batch) if self._copies else batch
-        given = list(tensors(lent))
-        versions = list(map(_version, given))
-        yield mapped(lambda leaf: leaf, lent)
+        lent = self._copy(batch)
+        versions = _versions(lent)
+        yield lent
+        self._learn(versions)
+
+    def _copy(self, batch: Batch) -> Batch:
+        return mapped(_copied if self._copies else lambda leaf: leaf, batch)
+
+    def _learn(self, versions: list[tuple[Tensor, float]]) -> None:
+        """Whether tensors have to be copied, from those that were given away and their versions by then."""
         if not self._known:
-            self._known, self._copies = True, versions != list(map(_version, given))
+            self._known, self._copies = True, any(_version(tensor) != version for tensor, version in versions)
+
+
+class Keepsake(Loan):
+    """A batch as it was before a training step that may change it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._batch: Batch = None
+        self._given: list[tuple[Tensor, float]] = []
+
+    def keep(self, batch: Batch) -> None:
+        """Called before the step."""
+        self._batch, self._given = self._copy(batch), _versions(batch)
+
+    def taken(self, batch: Batch) -> Batch:
+        """What was kept, or the batch that is left where nothing was; called after the step."""
+        self._learn(self._given)
+        kept, self._batch, self._given = self._batch, None, []
+        return batch if kept is None else kept
 
 
 def select_samples(batch: Batch, rows: Tensor) -> Batch:
@@ -220,3 +244,8 @@ def _copied(leaf: Any) -> Any:
 def _version(tensor: Tensor) -> float:
     """A count of changes in place; nan, which differs from itself, where none is kept."""
     return float("nan") if tensor.is_inference() else tensor._version
+
+
+def _versions(batch: Batch) -> list[tuple[Tensor, float]]:
+    """All tensors of a batch, with the number of changes in place so far."""
+    return [(tensor, _version(tensor)) for tensor in tensors(batch)]

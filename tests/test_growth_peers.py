@@ -169,6 +169,8 @@ def test_runs_keep_to_their_budget_and_resume(bench, tmp_path, monkeypatch):
     with path.open("a") as file:
         file.write(json.dumps(found[0])[:50])  # stopped while it wrote
     assert runner.stored(path) == found
+    diverged = [*found[:-1], {**found[-1], "final": math.nan, "area": math.nan}]
+    assert "nan" not in report.describe(diverged, "splitwatch")
     text = report.describe(found, "splitwatch")
     assert "wide from scratch" in text and "| random |" in text
     report.draw(found, "splitwatch", tmp_path / "growth.png")

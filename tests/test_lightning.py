@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from splitwatch import Grower, GrowthPolicy, SplitWatch, SplitWatchError, load_grown
 from splitwatch.watch.stationarity import StationarityDetector
+from splitwatch.watcher import Watcher
 
 pytestmark = pytest.mark.filterwarnings(*USUAL, "ignore:.*returned .None.*:UserWarning")
 
@@ -384,6 +385,41 @@ def test_a_batch_that_the_module_skips_is_skipped():
     assert 0 < watch.grower.steps < 40
 
 
+def popped(batch):
+    return batch.pop("x"), batch.pop("y")
+
+
+def scaled(batch):
+    return batch["x"].mul_(0.5).mul_(2), batch["y"].neg_().neg_()
+
+
+def shifted(batch):
+    return batch["x"].sub_(1).clone() + 1, batch["y"]
+
+
+@pytest.mark.parametrize("taken", [popped, scaled, shifted])
+def test_a_batch_that_the_step_changes_is_measured_as_it_was(taken):
+    """The steps before a look may be any number: an epoch has eight, and a block of losses ten."""
+
+    class Changing(Wave):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(taken(batch), batch_idx)
+
+    def fitted(kind, collate):
+        torch.manual_seed(0)
+        watch, module = SplitWatch(EARLY), kind()
+        trainer_of([watch], steps=60).fit(module, DataLoader(TensorDataset(*make_data()), 64, collate_fn=collate))
+        return watch.events, module.state_dict()
+
+    plain, expected = fitted(Wave, None)
+    events, found = fitted(
+        Changing, lambda pairs: {key: torch.stack(part) for key, *part in zip("xy", *pairs, strict=True)}
+    )
+    assert [event.step for event in events] == [event.step for event in plain] and events[0].grown
+    assert [event.plan.predicted_decrease for event in events] == [event.plan.predicted_decrease for event in plain]
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
 class Noted(Wave):
     """Keeps its losses."""
 
@@ -498,12 +534,16 @@ def test_a_grad_scalers_factor_never_reaches_the_detector():
     assert all(event.drift <= 1e-6 for event in events if event.grown)
 
 
-def test_on_most_steps_lightning_calls_one_hook():
-    """Each hook that Lightning calls costs it some microseconds, whatever is in it."""
-    watch, profiler = SplitWatch(SOON), SimpleProfiler()
-    trainer_of([watch], steps=36, profiler=profiler).fit(module_of(), loader())
+def test_on_most_steps_lightning_calls_one_hook(monkeypatch):
+    """Each hook that Lightning calls costs it some microseconds, whatever is in it; the other two where it looks."""
+    looked, look = [], Watcher.look
+    monkeypatch.setattr(
+        Watcher, "look", lambda self, *args, **settings: looked.append(1) or look(self, *args, **settings)
+    )
+    watch, profiler = SplitWatch(replace(SOON, window=40, probe_samples=64)), SimpleProfiler()
+    trainer_of([watch], steps=120, profiler=profiler).fit(module_of(), loader(4))
     name = "[Callback]SplitWatch.on_train_batch"
     called = {hook: len(times) for hook, times in profiler.recorded_durations.items() if "SplitWatch" in hook}
-    assert called[f"{name}_end"] == 36
-    assert called[f"{name}_start"] == len(watch.events) == 2
+    assert called[f"{name}_end"] == 120
+    assert len(watch.events) == 2 and called[f"{name}_start"] <= len(looked) + 2 < 100
     assert max(count for hook, count in called.items() if not hook.startswith(name)) <= 5  # epochs

@@ -24,13 +24,13 @@ from splitwatch import (
     plan_growth,
 )
 from splitwatch.geometry.weights import neuron_weights
-from splitwatch.growth import cost, pursuit, search
+from splitwatch.growth import candidates, cost, pursuit, search
+from splitwatch.growth.candidates import ASCENT
 from splitwatch.growth.cost import duplicate, prices
 from splitwatch.growth.even import PARTS, _counts, _splits
 from splitwatch.growth.grow import count_parameters, widened
 from splitwatch.growth.plan import split_candidates
 from splitwatch.growth.policy import MOVES
-from splitwatch.growth.pursuit import ASCENT
 from splitwatch.growth.seedbed import Seedbed
 from splitwatch.report.page import event_markdown
 from splitwatch.report.scalars import event_scalars
@@ -522,7 +522,7 @@ def test_ascent_runs_each_place_once(monkeypatch):
     monkeypatch.setattr(
         Seedbed, "_moments", lambda *arguments, **named: calls.append(1) or moments(*arguments, **named)
     )
-    monkeypatch.setattr(pursuit, "widely", lambda bed, w: w)
+    monkeypatch.setattr(candidates, "flattest", lambda bed, w: w)
     pursuit.pursue(model, layer, probe, 2, max_bytes=2**28)
     assert len(calls) == ASCENT + 2
 

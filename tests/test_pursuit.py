@@ -11,9 +11,21 @@ from zoo import ZOO, in_turn, mse
 
 from splitwatch import Grower, GrowthPolicy, Probe, grow, measure_geometry, plan_growth
 from splitwatch.growth import mixture, pursuit, seedbed
+from splitwatch.growth.candidates import (
+    FRESH,
+    LARGEST,
+    MORE,
+    TRIED,
+    ascend,
+    best,
+    candidates,
+    explained,
+    flattest,
+    select,
+)  # fmt: skip
 from splitwatch.growth.cost import duplicate
 from splitwatch.growth.grow import count_parameters, widened
-from splitwatch.growth.pursuit import KEPT, MORE, ascend, candidates, pursue, rebalance, select, sized, widely
+from splitwatch.growth.pursuit import pursue, rebalance, sized
 from splitwatch.growth.search import scale, searched
 from splitwatch.growth.seedbed import RIDGE, THRESHOLD, Seedbed
 from splitwatch.records import GrowthPlan, Split, Sprout, UnsupportedLayerError
@@ -174,9 +186,13 @@ def test_the_greedy_choice_is_that_of_explicit_least_squares(outputs):
         features = torch.cat([features, new[:, [picked]]], dim=1)
 
 
-@pytest.mark.parametrize(("size", "steep", "expected"), [(1.0, 0.5, 1), (0.3, 4.0, 2)])
+@pytest.mark.parametrize(
+    ("size", "steep", "expected"),
+    [(2.0, 3.0, 1.0), (1.0, 0.5, 0.5), (0.3, 4.0, 2.0), (40.0, 1.0, 1 / 16)],
+    ids=["the same", "flatter", "steeper", "saturated"],
+)
 def test_new_neurons_are_as_steep_as_the_target_asks(size, steep, expected):
-    """Doubled where explicit least squares on the wider features explains clearly more; a flat target asks for none."""
+    """By explicit ridge regression: doubled where that explains clearly more, halved while that costs nothing."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(1, 2), nn.Tanh(), nn.Linear(2, 1)).double()
     with torch.no_grad():
@@ -191,31 +207,57 @@ def test_new_neurons_are_as_steep_as_the_target_asks(size, steep, expected):
         solved = torch.linalg.lstsq(features, y).solution
         model[2].weight.copy_(solved[:-1].T)
         model[2].bias.copy_(solved[-1])
-    bed = Seedbed(model, only(model, probe, "0"), probe, 8, BYTES)
-    w = bed.fitted_to_data(torch.randn(8, 2, dtype=torch.float64), torch.rand(8, dtype=torch.float64))
+    bed = Seedbed(model, only(model, probe, "0"), probe, 32, BYTES)
+    w = bed.fitted_to_data(torch.randn(32, 2, dtype=torch.float64), torch.rand(32, dtype=torch.float64))
 
-    def explained(factor):
-        chosen = select(bed.measure(factor * w[:KEPT]), KEPT)[0]  # of those that are hardly new none count
-        new = torch.tanh(F.linear(x, factor * w[chosen, :-1], factor * w[chosen, -1]))
-        return residual(features, y) - residual(torch.cat([features, new], dim=1), y)
+    def together(factor):
+        """Ridge and all, as the greedy choice of one after the other reaches it in the end."""
+        new = torch.tanh(F.linear(x, factor * w[:TRIED, :-1], factor * w[:TRIED, -1]))
+        left = new - features @ torch.linalg.lstsq(features, new).solution
+        gram = (left.T @ left + RIDGE * (new.T @ new).diag().diag()) / len(x)
+        gain = 2 * left.T @ (features @ torch.linalg.lstsq(features, y).solution - y) / len(x)
+        return float(gain.T @ torch.linalg.solve(gram, gain))
 
-    assert (explained(2) > MORE * explained(1)) == (expected == 2)
-    assert torch.equal(widely(bed, w), expected * w)
+    sizes = [2.0**-i for i in range(-1, 8)]
+    assert list(explained(bed, w[:TRIED], sizes)) == pytest.approx([together(size) for size in sizes], rel=1e-6)
+    assert (together(2) > MORE * together(1)) == (expected == 2)
+    assert all(together(size) >= together(2 * size) for size in sizes if expected <= size < 1)
+    next_one, fresh = expected / 2, FRESH / float(w.norm(dim=1).median())
+    assert expected == 2 or next_one < fresh or together(next_one) < together(expected)
+    assert torch.equal(flattest(bed, w), expected * w)
 
 
 @pytest.mark.parametrize(
     ("path", "expected"),
     [((nn.ReLU(),), True), ((nn.BatchNorm2d(3), nn.LeakyReLU(), nn.AvgPool2d(2)), True), ((nn.SiLU(),), False)],
 )
-def test_features_that_only_scale_are_told_apart(path, expected):
+def test_features_that_only_scale_get_the_size_of_a_fresh_layer(path, expected):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 3, 3), *path, nn.Conv2d(3, 1, 1)).double().eval()
+    with torch.no_grad():
+        model[0].weight.mul_(30)
     batches = [(torch.randn(4, 2, 6, 6, dtype=torch.float64), torch.randn(4, 1, 1, 1, dtype=torch.float64))] * 2
     probe = Probe(batches, lambda model, batch: (model(batch[0]).mean((2, 3), keepdim=True) - batch[1]).square().mean())
     bed = Seedbed(model, only(model, probe, "0"), probe, 4, BYTES)
     w = candidates(bed, None, 0)
     assert bed.scales() == expected
-    assert not expected or torch.equal(widely(bed, w), w)
+    fresh = nn.Conv2d(2, 4000, 3)
+    usual = (fresh.weight.square().sum((1, 2, 3)) + fresh.bias.square()).mean().sqrt()
+    assert not expected or torch.allclose(w.norm(dim=1), usual.double(), rtol=0.05)
+
+
+def test_features_much_larger_than_the_existing_ones_come_last():
+    model, probe = settled(n=400)
+    model[1] = nn.SiLU()
+    bed = Seedbed(model, only(model, probe, "0"), probe, 20, BYTES)
+    w = candidates(bed, None, 0)
+    w[::3] *= 30
+    found, largest = bed.measure(w), model[:2](probe.fitted[0][0]).square().mean(0).max()
+    small = found.norm <= LARGEST**2 * largest
+    assert 0 < small.sum() < 20
+    order = [int((w == row).all(1).nonzero()) for row in best(bed, w, 20)]
+    assert all(small[order[: small.sum()]])
+    assert (found.scores[order[: small.sum()]].diff() <= 0).all()
 
 
 def test_repeated_features_are_chosen_once():

@@ -1,10 +1,8 @@
 """Residual pursuit: new neurons whose features explain most of what the loss still wants from a layer.
 
-Candidates are scored by ‖g‖²/‖φ⊥‖² on one batch, the best are improved by stochastic gradient ascent, as training
-would, then put in order, each against what those before it leave (orthogonal matching pursuit, Pati, Rezaiifar &
-Krishnaprasad 1993), on all batches. Their outgoing weights V minimise g·V + ½ VᵀQV with the new features' Gram matrix Q
-and a ridge; the loss's exact second derivative along V, with what V changes in the existing weights, sets the length.
-The whole costs some tens of training steps.
+The outgoing weights V of those that are chosen (``candidates``) minimise g·V + ½ VᵀQV with the new features' Gram
+matrix Q and a ridge; the loss's exact second derivative along V, with what V changes in the existing weights, sets the
+length. The whole costs some tens of training steps.
 
 Related: GradMax (Evci et al. 2022) and TINY (Verbockhaven et al. 2024) choose new neurons by the same residual, from
 what is linear in the layer's input.
@@ -21,9 +19,10 @@ from torch.nn.utils import parameters_to_vector
 
 from splitwatch.geometry.narrow import LossCurvature
 from splitwatch.geometry.response import GRAPH
+from splitwatch.growth.candidates import ascend, best, candidates, select
 from splitwatch.growth.grow import widened
 from splitwatch.growth.search import Candidate, scale
-from splitwatch.growth.seedbed import RIDGE, SEEN, THRESHOLD, Measured, Reader, Seedbed
+from splitwatch.growth.seedbed import RIDGE, SEEN, Measured, Reader, Seedbed
 from splitwatch.precision import full_precision
 from splitwatch.probe import Probe
 from splitwatch.ranks import largest_over_ranks
@@ -33,20 +32,6 @@ POOL, MOST = 2, 512
 """Candidates tried in a layer, relative to the neurons wanted, and the most beyond them; more gained nothing."""
 LEAST, KEPT = 32, 16
 """Fewest candidates, and fewest of them that are improved: where few neurons are wanted there has to be a choice."""
-REACHES = (0.3, 1.0)
-"""Finite steps along split directions among the candidates, relative to the norm of the incoming weights."""
-MORE = 1.15
-"""How much more candidates of twice the spread have to explain to be taken instead.
-
-In staged training 1.05 makes teachers' students worse, 1.25 gains less where steeper neurons are wanted. Four times as
-steep ones gain little more, and where features grow with their weights (SiLU) training with SGD can diverge.
-"""
-ASCENT, RATE = 5, 0.1
-"""Steps of gradient ascent, and how far the first goes relative to the norm of the incoming weights.
-
-The rate falls to zero, so that the last batches do not decide. In staged training 4 and 10 steps lower the loss at
-growth by about as much and end alike; none lowers it by less.
-"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -141,8 +126,7 @@ def pursue(
     count = max(wanted, min(max(LEAST, POOL * wanted), MOST, max(1, _room(model, layer, probe, max_bytes))))
     with full_precision():
         bed = Seedbed(model, layer, probe, count, max_bytes, rows=SEEN)
-        w = candidates(bed, geometry, seed)
-        w = w[bed.measure(w, pairs=False).scores.argsort(descending=True, stable=True)[: max(wanted, improved)]]
+        w = best(bed, candidates(bed, geometry, seed), max(wanted, improved))
         bed = Seedbed(model, layer, probe, len(w), max_bytes)
         w = ascend(bed, w)
         kept, explained = select(found := bed.measure(w), wanted)
@@ -156,72 +140,6 @@ def _room(model: nn.Module, layer: HiddenLayer, probe: Probe, max_bytes: int) ->
     trace = next(iter(probe.traces(model, [layer], "fitted")))[layer.name]
     ends = [*trace.pre_activations(), *(consumer.input for consumer in trace.consumers)]
     return -int(largest_over_ranks(layer.width - max_bytes * layer.width // (GRAPH * sum(x.nbytes for x in ends))))
-
-
-def candidates(bed: Seedbed, geometry: LayerGeometry | None, seed: int) -> Tensor:
-    """Incoming weights (k, d): finite steps along the lowest split directions (up to half of k), the rest random.
-
-    Random ones spread their pre-activations as the existing neurons do, or more widely, around a random sample's.
-    """
-    steps = bed.incoming[:0]
-    if geometry is not None:
-        lowest = geometry.min_eigenvalue.argsort()[: bed.count // (4 * len(REACHES))]
-        old, along = bed.incoming[lowest], geometry.min_vector[lowest].to(bed.incoming)
-        sizes = [sign * reach for reach in REACHES for sign in (1, -1)]
-        steps = torch.cat([old + size * old.norm(dim=1, keepdim=True) * along for size in sizes])
-    k, generator = bed.count - len(steps), torch.Generator().manual_seed(seed)
-    w = torch.randn(k, bed.d, generator=generator, dtype=torch.float64).to(bed.incoming)
-    where = torch.rand(k, generator=generator, dtype=torch.float64)
-    return torch.cat([steps, widely(bed, bed.fitted_to_data(w, where))])
-
-
-def widely(bed: Seedbed, w: Tensor) -> Tensor:
-    """Incoming weights (k, d), doubled if their features then explain clearly more of what the loss wants.
-
-    Where existing neurons are still in the linear part of their activations, features like theirs add little to them.
-    """
-    if bed.scales():  # then all explain the same
-        return w
-    some = w[:KEPT]
-    one, two = (select(bed.measure(factor * some), len(some))[1].sum() for factor in (1, 2))
-    return 2 * w if two > MORE * one else w
-
-
-def ascend(bed: Seedbed, w: Tensor) -> Tensor:
-    """Incoming weights after stochastic gradient ascent on log ‖g‖²/(‖φ⊥‖² + ridge) or ‖g‖²/‖φ‖², (k', d)."""
-    size = w.norm(dim=1, keepdim=True) / w.shape[1] ** 0.5
-    place = torch.nn.Parameter(w / torch.where(size > 0, size, 1))
-    optimizer = torch.optim.Adam([place], lr=RATE)
-    for step in range(ASCENT):
-        optimizer.param_groups[0]["lr"] = RATE * (1 - step / ASCENT)
-        place.grad = -(bed.at(step).slope(place.detach() * size) * size).nan_to_num(0, 0, 0)
-        optimizer.step()
-    return place.detach() * size
-
-
-def select(measured: Measured, count: int) -> tuple[Tensor, Tensor]:
-    """Indices of the neurons that together explain most, one after the other, and what each adds, both (n,).
-
-    A pivoted Cholesky factorisation of φ⊥ᵀφ⊥ that carries g along; neurons of which the ones before leave less than
-    ``THRESHOLD`` are not chosen.
-    """
-    gain, left = measured.gain.clone(), measured.left.clone()
-    chosen, explained = [], []
-    open_, least = torch.ones(len(gain), dtype=torch.bool, device=gain.device), THRESHOLD * measured.norm
-    for _ in range(min(count, len(gain))):
-        rest = left.diagonal()
-        open_ &= rest > least
-        scores = torch.where(open_, gain.square().sum(1) / rest, 0)
-        i = int(scores.argmax())
-        if not scores[i] > 0:
-            break
-        chosen.append(i)
-        explained.append(scores[i])
-        column = left[:, i] / left[i, i]
-        gain, left = gain - torch.outer(column, gain[i]), left - torch.outer(column, left[i])
-        open_[i] = False
-    index = torch.tensor(chosen, dtype=torch.long, device=gain.device)
-    return index, torch.stack(explained) if explained else gain.new_zeros(0)
 
 
 def sized(model: nn.Module, layers: Sequence[HiddenLayer], moves: Sequence[Sprout], probe: Probe) -> tuple[Sprout, ...]:

@@ -134,7 +134,8 @@ class Seedbed:
         self.readers = tuple(Reader(n * shape[0] * shape[2:].numel(), shape[0], bias) for n, shape, bias in shapes)
         self.beds, self.whole = _shared(self.beds), True  # all of what the Gram matrix below is of
         gram = sum(_weight(bed) * bed.features.double().T @ bed.features.double() for bed in self.beds)
-        self.inverse = _pseudo_inverse(summed(torch.as_tensor(gram)))
+        gram = summed(torch.as_tensor(gram))
+        self.inverse, self.largest = _pseudo_inverse(gram), gram.diagonal()[: layer.width].max()  # and mean square
         slope = summed(torch.as_tensor(sum(bed.share * bed.gain.double() for bed in self.beds)))
         self.known = self.inverse @ slope  # what the existing weights would do about their own slope, (b, c)
 

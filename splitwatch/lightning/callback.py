@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from splitwatch.batches import Batch
+from splitwatch.batches import Batch, Keepsake
 from splitwatch.events import GrowthEvent
 from splitwatch.grower import Grower, Sink
 from splitwatch.growth.checkpoint import KEY, recall
@@ -71,7 +71,7 @@ class SplitWatch(Callback):
         self.sinks, self.probe = list(sinks), probe
         self.grower: Grower | None = None
         self._saved: dict[str, Any] = {}
-        self._step, self._losses, self._enough = -1, [], 1
+        self._step, self._losses, self._enough, self._given = -1, [], 1, Keepsake()
         self._boards: dict[int, TensorBoardSink] = {}
 
     @property
@@ -116,7 +116,10 @@ class SplitWatch(Callback):
         """Keep the loss of a step; most steps cost no more."""
         self._losses.append(outputs.get("loss") if outputs else None)
         if len(self._losses) >= self._enough:
-            self._look(trainer, pl_module, batch)
+            self._look(trainer, pl_module, self._given.taken(batch))
+        elif len(self._losses) + 1 < self._enough:
+            return
+        self._arm()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let the grower know of the last steps."""
@@ -134,23 +137,25 @@ class SplitWatch(Callback):
         elif loss is None and not self.grower.steps:
             raise SplitWatchError("training_step: required a returned loss to watch, found None; return the loss")
         self._enough = 1 if single else self.grower.patience
-        self._arm()
 
     def _hand_over(self) -> bool:
         """Give the losses kept to the grower; returns whether the last one's batch is to be looked at."""
         due, losses = False, self._losses
         self._losses, self._enough = [], 1
+        self._arm()
         for loss in losses:  # a module may choose to skip a batch: then it is None
             due = self.grower is not None and loss is not None and self.grower.note(loss)
         return due
 
     def _arm(self) -> None:
         """Have Lightning call a hook before the next step, if there is anything to do in it."""
-        due = self.grower is not None and (self.grower.pending or self._saved)
+        looks = len(self._losses) + 1 >= self._enough
+        due = self.grower is not None and (looks or self.grower.pending or self._saved)
         self.on_train_batch_start: Any = self._act if due else None
 
     def _act(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int) -> None:
-        """Measure and grow before the step begins."""
+        """Measure and grow before the step begins, which may change its batch."""
+        self._given.keep(batch)
         if self._saved:  # a finder, run between two epochs, has put everything back to where it began
             self._continue(trainer)
         if self.grower is None or batch_idx % trainer.accumulate_grad_batches:
