@@ -57,8 +57,8 @@ def candidates(bed: Seedbed, geometry: LayerGeometry | None, seed: int) -> Tenso
 def flattest(bed: Seedbed, w: Tensor) -> Tensor:
     """Incoming weights (k, d) times one factor: no larger than their features need to explain what they do.
 
-    Large weights are slow to turn. From the largest spread, kept where the half explains clearly less, they are halved
-    down to a fresh layer's size as long as that costs nothing. Where features only scale, all sizes explain the same.
+    Large weights are slow to turn. The largest spread is kept where half of it explains clearly less; then weights are
+    halved, down to a fresh layer's, as long as that costs nothing. Where features only scale, all explain the same.
     """
     fresh = FRESH * len(bed.layer.producers) ** 0.5 / w.norm(dim=1, keepdim=True)
     if bed.scales():
@@ -86,7 +86,7 @@ def explained(bed: Seedbed, w: Tensor, sizes: Sequence[float]) -> Iterator[float
 
 
 def best(bed: Seedbed, w: Tensor, count: int) -> Tensor:
-    """Those candidates (count, d) that explain most by themselves; features larger than any existing one's come last.
+    """Those candidates (count, d) that explain most by themselves; those much larger than existing ones come last.
 
     The rate of training suits the features that there are: with much larger ones SGD can diverge.
     """
