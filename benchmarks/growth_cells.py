@@ -36,7 +36,7 @@ class Cell:
 
     @property
     def longer(self) -> Cell:
-        """The same with 60 % of what the whole sweep of fixed widths spends."""
+        """The same with a budget of ``SHARE`` of the whole sweep."""
         return replace(self, steps=round(SHARE * len(self.widths) * self.steps))
 
     @property
@@ -50,6 +50,7 @@ class Cell:
 
 
 SHARE = 0.6
+"""Of what all fixed widths of a cell spend together: the budget of longer runs."""
 STAGES, LATER = (0.03, 0.10, 0.25), (0.10, 0.25, 0.50)
 WIDE, NARROW, SMALL = (8, 16, 32, 64), (4, 8, 16, 32), (2, 4, 8, 16)
 
