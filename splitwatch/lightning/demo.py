@@ -143,7 +143,7 @@ def train(
         max_epochs=-1,
         accelerator="cpu",
         callbacks=list(callbacks),
-        logger=TensorBoardLogger(logdir, name="", version=name),
+        logger=TensorBoardLogger(logdir, name="", version=name, default_hp_metric=False),
         check_val_every_n_epoch=10,
         log_every_n_steps=12,
         enable_checkpointing=False,
