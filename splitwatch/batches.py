@@ -130,17 +130,21 @@ class Loan:
     def of(self, batch: Batch) -> Iterator[Batch]:
         """What may be changed inside of the context."""
         lent = self._copy(batch)
-        versions = _versions(lent)
+        given = self._noted(lent)
         yield lent
-        self._learn(versions)
+        self._learn(given)
 
     def _copy(self, batch: Batch) -> Batch:
         return mapped(_copied if self._copies else lambda leaf: leaf, batch)
 
-    def _learn(self, versions: list[tuple[Tensor, float]]) -> None:
-        """Whether tensors have to be copied, from those that were given away and their versions by then."""
+    def _noted(self, batch: Batch) -> list[tuple[Tensor, float]]:
+        """All tensors that are given away, with the number of changes in place so far, as long as that is to learn."""
+        return [] if self._known else [(tensor, _version(tensor)) for tensor in tensors(batch)]
+
+    def _learn(self, given: list[tuple[Tensor, float]]) -> None:
+        """Whether tensors have to be copied, from those that were given away."""
         if not self._known:
-            self._known, self._copies = True, any(_version(tensor) != version for tensor, version in versions)
+            self._known, self._copies = True, any(_version(tensor) != version for tensor, version in given)
 
 
 class Keepsake(Loan):
@@ -153,13 +157,15 @@ class Keepsake(Loan):
 
     def keep(self, batch: Batch) -> None:
         """Called before the step."""
-        self._batch, self._given = self._copy(batch), _versions(batch)
+        self._batch, self._given = self._copy(batch), self._noted(batch)
 
     def taken(self, batch: Batch) -> Batch:
         """What was kept, or the batch that is left where nothing was; called after the step."""
+        if self._batch is None:
+            return batch
         self._learn(self._given)
         kept, self._batch, self._given = self._batch, None, []
-        return batch if kept is None else kept
+        return kept
 
 
 def select_samples(batch: Batch, rows: Tensor) -> Batch:
@@ -244,8 +250,3 @@ def _copied(leaf: Any) -> Any:
 def _version(tensor: Tensor) -> float:
     """A count of changes in place; nan, which differs from itself, where none is kept."""
     return float("nan") if tensor.is_inference() else tensor._version
-
-
-def _versions(batch: Batch) -> list[tuple[Tensor, float]]:
-    """All tensors of a batch, with the number of changes in place so far."""
-    return [(tensor, _version(tensor)) for tensor in tensors(batch)]

@@ -22,7 +22,7 @@ from splitwatch.growth.candidates import (
     explained,
     flattest,
     select,
-)  # fmt: skip
+)
 from splitwatch.growth.cost import duplicate
 from splitwatch.growth.grow import count_parameters, widened
 from splitwatch.growth.pursuit import pursue, rebalance, sized

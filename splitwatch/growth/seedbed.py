@@ -135,7 +135,7 @@ class Seedbed:
         self.beds, self.whole = _shared(self.beds), True  # all of what the Gram matrix below is of
         gram = sum(_weight(bed) * bed.features.double().T @ bed.features.double() for bed in self.beds)
         gram = summed(torch.as_tensor(gram))
-        self.inverse, self.largest = _pseudo_inverse(gram), gram.diagonal()[: layer.width].max()  # and mean square
+        self.inverse, self.largest = _pseudo_inverse(gram), gram.diagonal()[: layer.width].max()  # φ²
         slope = summed(torch.as_tensor(sum(bed.share * bed.gain.double() for bed in self.beds)))
         self.known = self.inverse @ slope  # what the existing weights would do about their own slope, (b, c)
 
