@@ -20,6 +20,7 @@ from splitwatch.growth.candidates import (
     best,
     candidates,
     explained,
+    fitted_to_data,
     flattest,
     select,
 )
@@ -27,7 +28,7 @@ from splitwatch.growth.cost import duplicate
 from splitwatch.growth.grow import count_parameters, widened
 from splitwatch.growth.pursuit import pursue, rebalance, sized
 from splitwatch.growth.search import scale, searched
-from splitwatch.growth.seedbed import RIDGE, THRESHOLD, Seedbed
+from splitwatch.growth.seedbed import RIDGE, SMALL, THRESHOLD, Seedbed
 from splitwatch.records import GrowthPlan, Split, Sprout, UnsupportedLayerError
 
 torch.set_num_threads(1)
@@ -89,7 +90,7 @@ def test_gains_are_the_slopes_of_the_loss(name, layer_name):
     measured = bed.measure(w)
     for k in (0, 5):
         seen = inputs_of_consumers(model, layer, probe, w[k])
-        assert float(measured.norm[k]) == pytest.approx(seen, rel=1e-10)
+        assert float((measured.norm - bed.floor(w))[k]) == pytest.approx(seen, rel=1e-10)
         for i in {0, bed.c // 2, bed.c - 1}:
             unit = torch.zeros(bed.c, dtype=torch.float64)
             unit[i] = 1.0
@@ -208,13 +209,17 @@ def test_new_neurons_are_as_steep_as_the_target_asks(size, steep, expected):
         model[2].weight.copy_(solved[:-1].T)
         model[2].bias.copy_(solved[-1])
     bed = Seedbed(model, only(model, probe, "0"), probe, 32, BYTES)
-    w = bed.fitted_to_data(torch.randn(32, 2, dtype=torch.float64), torch.rand(32, dtype=torch.float64))
+    w = fitted_to_data(bed, torch.randn(32, 2, dtype=torch.float64), torch.rand(32, dtype=torch.float64))
+
+    old = torch.cat([model[0].weight, model[0].bias[:, None]], dim=1).detach()
+    per_weight = features[:, :-1].square().mean(0).max() / old.square().sum(1).max()
 
     def together(factor):
         """Ridge and all, as the greedy choice of one after the other reaches it in the end."""
         new = torch.tanh(F.linear(x, factor * w[:TRIED, :-1], factor * w[:TRIED, -1]))
         left = new - features @ torch.linalg.lstsq(features, new).solution
-        gram = (left.T @ left + RIDGE * (new.T @ new).diag().diag()) / len(x)
+        floor = SMALL * per_weight * factor**2 * w[:TRIED].square().sum(1)
+        gram = left.T @ left / len(x) + RIDGE * (new.square().mean(0) + floor).diag()
         gain = 2 * left.T @ (features @ torch.linalg.lstsq(features, y).solution - y) / len(x)
         return float(gain.T @ torch.linalg.solve(gram, gain))
 
@@ -260,6 +265,25 @@ def test_features_much_larger_than_the_existing_ones_come_last():
     assert (found.scores[order[: small.sum()]].diff() <= 0).all()
 
 
+def test_features_that_hardly_fire_get_no_large_weights():
+    """A neuron of ReLU that one sample excites, by next to nothing, would explain that sample with a huge weight."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)).double()
+    x = torch.randn(60, 2, dtype=torch.float64)
+    batch = x, x.prod(1, keepdim=True)
+    probe = Probe([batch, batch], mse)
+    bed = Seedbed(model, only(model, probe, "0"), probe, 2, BYTES)
+    top = int((x @ x.new_tensor([1.0, 0.0])).argmax())
+    dead, alive = x.new_tensor([[1.0, 0.0, 1e-5 - x[top, 0]], [1.0, 0.0, -x[:, 0].median()]])
+    found = bed.measure(torch.stack([dead, alive]))
+    old = model[0].weight.square().sum(1) + model[0].bias.square()
+    floor = SMALL * (model[:2](x).square().mean(0).max() / old.max()).detach()
+    assert torch.allclose(found.norm[0], floor * dead.square().sum() + 1e-10 / 60, rtol=1e-10)
+    assert found.scores[0] == 0 < found.scores[1]
+    chosen, _ = select(found, 2)
+    assert chosen.tolist() == [1]
+
+
 def test_repeated_features_are_chosen_once():
     model, probe = settled()
     bed = Seedbed(model, only(model, probe, "0"), probe, 8, BYTES)
@@ -295,8 +319,8 @@ def test_every_step_of_the_ascent_takes_another_batch(monkeypatch):
     along = torch.randn_like(w)
     for step in range(4):
         alone = Seedbed(model, layer, Probe([batches[2 * (step % 2)], batches[1]], mse), 5, BYTES)
+        alone.inverse, alone.known, alone.small, alone.whole = bed.inverse, bed.known, bed.small, False
         assert torch.allclose(bed.at(step).measure(w).norm, alone.measure(w).norm)
-        alone.inverse, alone.known, alone.whole = bed.inverse, bed.known, False
         assert torch.allclose(bed.at(step).slope(w), alone.slope(w))
         up, down = (bed.at(step).measure(w + h * along) for h in (1e-6, -1e-6))
         rise = (up.gain.square().sum(1) / up.norm).log() - (down.gain.square().sum(1) / down.norm).log()

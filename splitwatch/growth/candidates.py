@@ -13,7 +13,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from splitwatch.geometry.ends import incoming_sizes, lift
 from splitwatch.growth.seedbed import RIDGE, THRESHOLD, Measured, Seedbed
+from splitwatch.ranks import is_first, summed, summed_number
 from splitwatch.records import LayerGeometry
 
 REACHES = (0.3, 1.0)
@@ -51,7 +53,43 @@ def candidates(bed: Seedbed, geometry: LayerGeometry | None, seed: int) -> Tenso
     k, generator = bed.count - len(steps), torch.Generator().manual_seed(seed)
     w = torch.randn(k, bed.d, generator=generator, dtype=torch.float64).to(bed.incoming)
     where = torch.rand(k, generator=generator, dtype=torch.float64)
-    return torch.cat([steps, flattest(bed, bed.fitted_to_data(w, where))])
+    return torch.cat([steps, flattest(bed, fitted_to_data(bed, w, where))])
+
+
+def fitted_to_data(bed: Seedbed, w: Tensor, where: Tensor) -> Tensor:
+    """Directions (k', d) scaled so that pre-activations spread like existing neurons', with biases at a sample.
+
+    The pre-activation is zero at one row (a sample, or a position in it) of rank 0; ``where`` (k',) in [0, 1)
+    names that row as a share of its rows.
+    """
+    axes = [p.channel_axis for p in bed.beds[0].trace.producers]
+    seen = ((lift(one.trace, w), one.standing) for one in bed.beds)
+    new, old = zip(*((_channels_last(a, axes), _channels_last(b, axes)) for a, b in seen), strict=True)
+    new, old = ([torch.cat(z) for z in zip(*parts, strict=True)] for parts in (new, old))
+    parts = []
+    sizes, maps = incoming_sizes(bed.beds[0].trace), bed.beds[0].trace.producers
+    for part, z, standing, producer in zip(w.split(sizes, dim=1), new, old, maps, strict=True):
+        spread = _spread(standing)[torch.arange(len(w)) % bed.layer.width]
+        spread = torch.where(spread > 0, spread, 1) / _spread(z)
+        factor = torch.where(spread.isfinite(), spread, 1)[:, None]
+        part = part * factor
+        if producer.has_bias:
+            at = (where.to(z) * len(z)).long()
+            part[:, -1] -= factor[:, 0] * summed(z[at, torch.arange(len(w))] * is_first())
+        parts.append(part)
+    return torch.cat(parts, dim=1)
+
+
+def _spread(z: Tensor) -> Tensor:
+    """Standard deviations of the columns over the rows of all ranks."""
+    rows = summed_number(len(z))
+    mean = summed(z.sum(0)) / rows
+    return (summed((z - mean).square().sum(0)) / rows).sqrt()
+
+
+def _channels_last(z: Sequence[Tensor], axes: Sequence[int]) -> list[Tensor]:
+    """Pre-activations as (rows, channels)."""
+    return [x.movedim(axis, -1).flatten(0, -2) for x, axis in zip(z, axes, strict=True)]
 
 
 def flattest(bed: Seedbed, w: Tensor) -> Tensor:
