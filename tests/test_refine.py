@@ -52,7 +52,7 @@ def dense_lowest(model, probe):
 def test_directions_and_decreases_are_those_of_a_dense_inner_hessian():
     model, probe = tanh()
     values, vectors = dense_lowest(model, probe)
-    splits = halves(model, growable(model, probe)[0], probe, 6, ROOM)
+    splits = halves(model, {growable(model, probe)[0]: 6}, probe, ROOM)
     assert [move.neuron for move in splits] == sorted(
         (values < 0).nonzero().flatten().tolist(), key=lambda r: -splits_gain(model, values, r)
     )
@@ -72,7 +72,7 @@ def splits_gain(model, values, r):
 def test_the_decrease_is_second_order_where_copies_part_a_little():
     model, probe = tanh()
     layers = growable(model, probe)
-    for move in halves(model, layers[0], probe, 6, ROOM):
+    for move in halves(model, {layers[0]: 6}, probe, ROOM):
         plan, before = GrowthPlan(layers, (stretch(move, 2.0**-6),), ""), probe.loss(model, "fitted")
         with widened(model, plan):
             assert before - probe.loss(model, "fitted") == pytest.approx(2.0**-12 * move.predicted_decrease, rel=0.05)
@@ -81,7 +81,7 @@ def test_the_decrease_is_second_order_where_copies_part_a_little():
 def test_what_they_bring_together_is_measured_on_the_held_out_half():
     model, probe = tanh()
     layers = growable(model, probe)
-    plan = refined(model, GrowthPlan(layers, (), ""), halves(model, layers[0], probe, 6, ROOM), probe)
+    plan = refined(model, GrowthPlan(layers, (), ""), halves(model, {layers[0]: 6}, probe, ROOM), probe)
     assert plan.offset in REACHES
     before = probe.loss(model, "held_out")
     with widened(model, plan):
@@ -96,7 +96,7 @@ def test_what_they_bring_together_is_measured_on_the_held_out_half():
 def test_none_where_the_held_out_half_does_not_agree():
     model, probe = tanh()
     layers, empty = growable(model, probe), GrowthPlan(growable(model, probe), (), "")
-    splits = halves(model, layers[0], probe, 6, ROOM)
+    splits = halves(model, {layers[0]: 6}, probe, ROOM)
     probe.held_out = tuple((x, model(x).detach()) for x, _ in probe.held_out)  # no decrease is possible
     assert refined(model, empty, splits, probe) is empty
     assert refined(model, empty, [], probe) is empty
@@ -107,14 +107,14 @@ def test_none_next_to_activations_without_curvature():
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
     x = torch.randn(4, 50, 3, dtype=torch.float64)
     probe = Probe([(part, part[:, :2].sin()) for part in x], mse)
-    assert halves(model, growable(model, probe)[0], probe, 6, ROOM) == []
+    assert halves(model, {growable(model, probe)[0]: 6}, probe, ROOM) == []
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv+bn", "gated"])
 def test_every_kind_of_layer_is_split_where_it_curves_down(name):
     model, probe = ZOO[name].make()
     for layer in growable(model, probe):
-        for move in halves(model, layer, probe, layer.width, ROOM):
+        for move in halves(model, {layer: layer.width}, probe, ROOM):
             plan, before = GrowthPlan((layer,), (stretch(move, 2.0**-7),), ""), probe.loss(model, "fitted")
             with widened(model, plan):
                 assert probe.loss(model, "fitted") < before
@@ -126,5 +126,5 @@ def test_even_gives_them_half_of_the_places_without_a_confirmed_neuron():
     splits = [move for move in plan.moves if isinstance(move, Split)]
     confirmed = [move for move in plan.moves if isinstance(move, Sprout) and move.outgoing.abs().max() > 0]
     assert len(plan.moves) == 12
-    assert len(splits) == len(halves(model, plan.layers[0], probe, (12 - len(confirmed)) // 2, ROOM)) > 0
+    assert len(splits) == len(halves(model, {plan.layers[0]: (12 - len(confirmed)) // 2}, probe, ROOM)) > 0
     assert grow(model, plan, probe=probe).widths == {"0": (6, 18)}

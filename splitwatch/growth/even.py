@@ -64,7 +64,7 @@ def plan_even(
     parted = _parted(model, GrowthPlan(layers, tuple(splits), ""), probe)
     told = f"every layer by the ratio {ratio:g}: "
     promised = promises(model, layers, [move for part in found for move in part.sprouts()], probe)
-    fine = [move for layer in able for move in _halves(model, layer, promised, probe, counts, policy.max_bytes)]
+    fine = halves(model, _halves(able, promised, counts), probe, policy.max_bytes)
     plan = refined(model, parted, fine, probe)
     filled = Counter(move.layer for move in plan.moves[len(parted.moves) :])
     silent = [move for part in found for move in part.silent()]
@@ -86,16 +86,11 @@ def _parted(model: nn.Module, splits: GrowthPlan, probe: Probe) -> GrowthPlan:
 
 
 def _halves(
-    model: nn.Module,
-    layer: HiddenLayer,
-    promised: Sequence[Promise],
-    probe: Probe,
-    counts: Mapping[str, int],
-    max_bytes: int,
-) -> list[Split]:
-    """Splits for half of the places of a layer that no new neuron is confirmed for."""
-    confirmed = sum(one.kept for one in promised if one.sprout.layer == layer.name)
-    return halves(model, layer, probe, min(layer.width, (counts[layer.name] - confirmed) // 2), max_bytes)
+    layers: Sequence[HiddenLayer], promised: Sequence[Promise], counts: Mapping[str, int]
+) -> dict[HiddenLayer, int]:
+    """Splits for half of the places that no new neuron is confirmed for, one for a neuron."""
+    confirmed = Counter(one.sprout.layer for one in promised if one.kept)
+    return {x: min(x.width, (counts[x.name] - confirmed[x.name]) // 2) for x in layers}
 
 
 def _beside(

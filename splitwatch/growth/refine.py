@@ -7,13 +7,16 @@ has the last word on all of them together and says how far they part.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import replace
+from itertools import accumulate
 from math import inf, isfinite
 
 import torch
 from torch import nn
 
+from splitwatch.batches import batch_size
 from splitwatch.geometry.curvature import LayerCurvature
 from splitwatch.geometry.eigen import extreme_eigenpairs
 from splitwatch.geometry.measure import EQUAL, InnerHessian
@@ -22,7 +25,6 @@ from splitwatch.geometry.weights import neuron_weights
 from splitwatch.growth.search import held_out_gains, stretch
 from splitwatch.precision import full_precision
 from splitwatch.probe import Probe, paired_error
-from splitwatch.ranks import summed_number
 from splitwatch.records import GrowthPlan, HiddenLayer, Split
 
 SEEN, TOLERANCE = 256, 0.1
@@ -35,24 +37,37 @@ SURE = 2.0
 """Standard errors that the decrease has to be above zero."""
 
 
-def halves(model: nn.Module, layer: HiddenLayer, probe: Probe, count: int, max_bytes: int) -> list[Split]:
-    """At most so many splits at offset 1, |w|, best first; none of neurons whose loss does not curve down.
+def halves(model: nn.Module, counts: Mapping[HiddenLayer, int], probe: Probe, max_bytes: int) -> list[Split]:
+    """Splits at offset 1, |w|, the best of each layer first; none of neurons whose loss does not curve down.
 
     Args:
         model: the network, left as it was.
-        layer: one of its hidden layers.
+        counts: some of its hidden layers, and at most how many splits in each, one for a neuron.
         probe: a few batches of its fitted half are seen.
-        count: of splits, one for a neuron.
         max_bytes: what may be kept in memory.
     """
-    if not count:
+    layers = [layer for layer, count in counts.items() if count]
+    if not layers:
         return []
     with full_precision():
-        seen = _seen(model, layer, probe, max_bytes)
-        if bool(seen.proven()[:, 0].all()):  # as next to piecewise linear activations
-            return []
-        size = {"m": layer.width, "n": seen.d, "dtype": seen.outgoing.dtype, "device": seen.outgoing.device}
-        found = extreme_eigenpairs(InnerHessian(seen), **size, ends="min", tolerance=TOLERANCE, max_bytes=max_bytes)
+        seen = Sweep(model, _few(probe), layers, "fitted", max_bytes).curvatures()
+        return [
+            move for x, one in zip(layers, seen, strict=True) for move in _best(model, x, one, counts[x], max_bytes)
+        ]
+
+
+def _few(probe: Probe) -> Probe:
+    """The first batches of each rank's fitted half, every sample of which counts the same."""
+    few, seen = copy(probe), [0, *accumulate(map(batch_size, probe.fitted))]
+    few.fitted = tuple(batch for batch, before in zip(probe.fitted, seen, strict=False) if before < SEEN)
+    return few
+
+
+def _best(model: nn.Module, layer: HiddenLayer, seen: LayerCurvature, count: int, max_bytes: int) -> list[Split]:
+    if bool(seen.proven()[:, 0].all()):  # as next to piecewise linear activations
+        return []
+    size = {"m": layer.width, "n": seen.d, "dtype": seen.outgoing.dtype, "device": seen.outgoing.device}
+    found = extreme_eigenpairs(InnerHessian(seen), **size, ends="min", tolerance=TOLERANCE, max_bytes=max_bytes)
     w, v = neuron_weights(model, layer)
     offset = (w.norm(dim=1, keepdim=True) * found.min_vector.to(w)).cpu()
     falls = (-0.5 * found.min_value.to(w) * w.square().sum(1)).cpu()
@@ -61,17 +76,6 @@ def halves(model: nn.Module, layer: HiddenLayer, probe: Probe, count: int, max_b
     still, apart = torch.zeros(2, v.shape[1], dtype=v.dtype), torch.stack([offset, -offset], dim=1)[best]
     found = zip(best.tolist(), apart, falls.tolist(), strict=True)
     return [Split(layer.name, r, EQUAL, u, still, fall) for r, u, fall in found]
-
-
-def _seen(model: nn.Module, layer: HiddenLayer, probe: Probe, max_bytes: int) -> LayerCurvature:
-    """The layer on the first batches of each rank's fitted half; every sample counts the same."""
-    parts, samples = [], 0
-    for batch in Sweep(model, probe, [layer], "fitted", max_bytes).batches():
-        parts.append(batch[layer.name])
-        samples += parts[-1].trace.size
-        if samples >= SEEN:
-            break
-    return LayerCurvature.of(layer, parts, probe.samples("fitted") / summed_number(samples))
 
 
 def refined(model: nn.Module, plan: GrowthPlan, splits: Sequence[Split], probe: Probe) -> GrowthPlan:
