@@ -10,6 +10,7 @@ from dataclasses import fields, is_dataclass
 from math import isfinite
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -120,7 +121,7 @@ class Cuts:
 class Loan:
     """Batches for a loss that may change what it is given: in containers of their own, so that items may go.
 
-    Tensors are copies at first, and stay so if one of them was changed in place.
+    Tensors are copies at first, and stay so if one of them was changed in place; arrays always are.
     """
 
     def __init__(self) -> None:
@@ -135,7 +136,7 @@ class Loan:
         self._learn(given)
 
     def _copy(self, batch: Batch) -> Batch:
-        return mapped(_copied if self._copies else lambda leaf: leaf, batch)
+        return mapped(_copied if self._copies else _own, batch)
 
     def _noted(self, batch: Batch) -> list[tuple[Tensor, float]]:
         """All tensors that are given away, with the number of changes in place so far, as long as that is to learn."""
@@ -244,7 +245,12 @@ def _with_fields(value: Any, names: list[str], parts: list[Any]) -> Any:
 
 
 def _copied(leaf: Any) -> Any:
-    return leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
+    return leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else _own(leaf)
+
+
+def _own(leaf: Any) -> Any:
+    """A copy of an array, which does not tell whether it was changed in place; a tensor itself."""
+    return leaf.copy() if isinstance(leaf, numpy.ndarray) else leaf
 
 
 def _version(tensor: Tensor) -> float:

@@ -62,7 +62,7 @@ class ProbeCollector:
 
     def add(self, batch: Batch) -> None:
         """Take over the samples of a batch that were not seen before; free once the probe is ready."""
-        if self.ready:
+        if self.ready or not batch_size(batch):
             return
         prints = _fingerprints(batch)
         first = {value: i for i, value in reversed(list(enumerate(prints)))}

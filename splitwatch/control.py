@@ -15,8 +15,8 @@ from torch.optim import LBFGS, Optimizer
 
 from splitwatch.batches import Batch
 from splitwatch.events import Comparison
-from splitwatch.probe import LossFunction, Probe, paired_error
-from splitwatch.ranks import rank_count
+from splitwatch.probe import LossFunction, Probe
+from splitwatch.ranks import paired_error, rank_count
 
 _logger = logging.getLogger("splitwatch")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from math import isfinite
 from typing import Any
 
 from torch import Tensor, nn
@@ -128,7 +129,8 @@ class Grower:
     def look(self, batch: Batch, loss: Tensor | float) -> None:
         """Do what is to be done with the batch of the last step."""
         limit = self.policy.max_events
-        self.watcher.look(batch, wanted=limit is None or self.growths < limit)
+        wanted = limit is None or self.growths < limit
+        self.watcher.look(batch, wanted=wanted, fit=isfinite(float(as_now(loss))))
         if self.control is not None:
             self._follow(self.control, batch, loss)
 
@@ -244,14 +246,18 @@ class Grower:
         if plan and not self.monitor_only:
             self._compare()  # with what was not grown the last time
             steps = self.policy.control
-            control = steps and control_for(self.model, self.optimizers, self.training_loss, probe, steps)
-            with stages("growth"):
-                parts = outcomes(self.model, plan, probe, geometry)
-                event = replace(grow(self.model, plan, self.optimizers, probe=probe), outcomes=parts)
+            if steps:
+                self.control = control_for(self.model, self.optimizers, self.training_loss, probe, steps)
+            try:
+                with stages("growth"):
+                    parts = outcomes(self.model, plan, probe, geometry)
+                    event = replace(grow(self.model, plan, self.optimizers, probe=probe), outcomes=parts)
+            except BaseException:
+                self._drop_control()
+                raise
             if self.replica is not None:
                 follow(self.replica)
             for item in self.rewarm:
                 item.begin()
-            self.control = control or None
             return event
         return not_grown(self.model, plan)

@@ -81,11 +81,11 @@ def check_names(model: nn.Module, names: Sequence[str] | None) -> None:
     Raises:
         SplitWatchError: a name does not exist.
     """
-    known = dict(plain_modules(model))
+    known = {name: module for name, module in plain_modules(model) if holds_weights(module)}
     if missing := [name for name in names or () if name not in known]:
-        weighty = ", ".join(name for name, module in known.items() if holds_weights(module))
+        weighty = ", ".join(known)
         raise SplitWatchError(
-            f"layers: required dotted names of the model's modules, found {missing[0]!r}; "
+            f"layers: required dotted names of the model's modules that hold weights, found {missing[0]!r}; "
             f"choose from {weighty or 'none'}"
         )
 
@@ -208,6 +208,10 @@ class Discovery:
 
     def _refuse_streams(self, where: Slice) -> None:
         below = self.tape.downstream(where.starts)
+        if any(self.tape.calls[i].function is torch.autograd.grad and i in self.used for i in below):
+            raise UnsupportedLayerError(
+                "what it puts out is differentiated within the loss (torch.autograd.grad), so its weights act twice"
+            )
         reached = set(where.starts).union(*(self.tape.calls[i].results for i in below))
         for call in where.producers:
             if call.input in reached:

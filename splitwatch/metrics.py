@@ -102,7 +102,7 @@ class GradientNoise(Metric):
             "gradient_norm": estimate.clamp(min=0).sqrt(),
             "gradient_bound": (estimate.clamp(min=0) + _Z_95 * spread).sqrt(),
             "gradient_floor": (estimate - _Z_95 * spread).clamp(min=0).sqrt(),
-            "gradient_variance": (one - square / n) / (batches - 1),
+            "gradient_variance": ((one - square / n) / (batches - 1)).clamp(min=0),
         }
 
 
@@ -170,7 +170,7 @@ class HeldOutQuotient(Metric):
             self.moments = [_merged(torch.cat([*self.moments, column_moments(values.detach().double())[None]]))[None]]
 
     def compute(self) -> dict[str, Tensor]:
-        """``mean``, ``lower`` and ``upper`` bound, each (m,); the bounds of a single sample are infinite.
+        """``mean``, ``lower`` and ``upper`` bound, each (m,), () for one neuron; those of a single sample are infinite.
 
         Raises:
             SplitWatchError: nothing was taken.

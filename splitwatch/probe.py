@@ -7,6 +7,7 @@ samples, so ragged batches are weighted right.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from math import isfinite
@@ -17,10 +18,11 @@ from torch import Tensor, nn
 
 from splitwatch.anatomy import Anatomy, plain_module
 from splitwatch.batches import Batch, Cuts, Loan, batch_size, halve, mapped, shares
+from splitwatch.channels import pre_activation
 from splitwatch.grouped import by_channel
 from splitwatch.linear_map import LinearMap
 from splitwatch.precision import Uncast, upcast
-from splitwatch.ranks import share_of, summed, summed_number
+from splitwatch.ranks import share_of, summed_number
 from splitwatch.recompute import straight_through
 from splitwatch.records import HiddenLayer, SplitWatchError
 from splitwatch.tape import Footprint, Path, Tape
@@ -75,11 +77,14 @@ class Probe:
         self.fitted: tuple[Batch, ...] = tuple(batches[::2])
         self.held_out: tuple[Batch, ...] = tuple(batches[1::2])
         self.loss_fn = loss_fn
-        self._loan, self._cuts = Loan(), Cuts()
+        self._loans, self._cuts = [(batch, Loan()) for batch in self.half("all")], Cuts()
 
     def half(self, name: str) -> tuple[Batch, ...]:
-        """The batches of a half: "fitted", "held_out" or "all"."""
-        return self.fitted + self.held_out if name == "all" else getattr(self, name)
+        """The batches of a half: "fitted", "held_out" or "all"; a ``SplitWatchError`` for any other name."""
+        found = {"fitted": self.fitted, "held_out": self.held_out, "all": self.fitted + self.held_out}
+        if name not in found:
+            raise SplitWatchError(f"half: required one of {', '.join(found)}, found {name!r}; name one of them")
+        return found[name]
 
     def samples(self, half: str = "all") -> int:
         """Number of samples in a half."""
@@ -113,9 +118,13 @@ class Probe:
         """The batches of a half cut into parts, as far as their samples and finite losses allow."""
         return self._cuts.pieces(self.half(half), parts, partial(self._losses, model))
 
-    def _losses(self, model: nn.Module, batches: Sequence[Batch]) -> list[float]:
-        with undisturbed(model), torch.no_grad():
-            return [float(self._scalar(self._run(model, batch)).double()) for batch in batches]
+    def _losses(self, model: nn.Module, batches: Sequence[Batch], *, training: bool = False) -> list[float]:
+        with undisturbed(model, training=training):
+            return [float(self._scalar(self._gradless(model, batch)).double()) for batch in batches]
+
+    def first(self, model: nn.Module, *, training: bool = False) -> float:
+        """The mean loss of the first batch, in eval mode or in the modes that modules are in; it may not be finite."""
+        return self._losses(model, self.fitted[:1], training=training)[0]
 
     def gradients(self, model: nn.Module, at_least: int = 8) -> Iterator[tuple[Tensor, int]]:
         """The gradient on every batch, flat over the trainable parameters, with the batch's size.
@@ -134,10 +143,7 @@ class Probe:
             yield torch.cat([g.flatten() for g in flat]), batch_size(batch)
 
     def outputs(self, model: nn.Module, modules: Sequence[str]) -> list[Tensor]:
-        """What some modules put out on the first batch, in eval mode.
-
-        ``modules`` are dotted names; a module that is called more than once contributes its last output.
-        """
+        """What some modules, by dotted names, put out last on the first batch, in eval mode."""
         found: dict[str, Tensor] = {}
 
         def keep(name: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
@@ -146,8 +152,11 @@ class Probe:
         hooks = []
         try:
             hooks.extend(plain_module(model, name).register_forward_hook(partial(keep, name)) for name in modules)
-            with undisturbed(model), torch.no_grad():
-                self._checked(self._run(model, self.fitted[0]))
+            tape = Tape()
+            with undisturbed(model):
+                self._checked(self._gradless(model, self.fitted[0], tape))
+                by_hand = set(modules) - set(found)  # such as F.linear(x, module.weight)
+                found |= {name: pre_activation(Anatomy(model, tape).calls[name][-1]) for name in by_hand}
         finally:
             for hook in hooks:
                 hook.remove()
@@ -196,8 +205,9 @@ class Probe:
 
     def footprint(self, model: nn.Module, half: str) -> tuple[int, int]:
         """Bytes of all that the loss of a half's largest batch computes, and of the largest tensor among it."""
-        with undisturbed(model), torch.no_grad(), Footprint() as seen:
-            self._checked(self._run(model, max(self.half(half), key=batch_size)))
+        seen = Footprint()
+        with undisturbed(model):
+            self._checked(self._gradless(model, max(self.half(half), key=batch_size), seen))
         return seen.total, seen.largest
 
     def _traces(
@@ -208,9 +218,23 @@ class Probe:
             anatomy = Anatomy(model, tape)
             return {layer.name: _trace(anatomy, layer, loss, batch_size(batch), share) for layer in layers}
 
+    def _gradless(self, model: nn.Module, batch: Batch, seen: AbstractContextManager[Any] | None = None) -> Any:
+        """What the loss function returns, without a graph unless it takes gradients itself, as penalties on them do."""
+        seen = seen or nullcontext()
+        try:
+            with torch.no_grad(), seen:
+                return self._run(model, batch)
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+        with torch.enable_grad(), seen:
+            loss = self._run(model, batch)
+        return loss.detach() if isinstance(loss, Tensor) else loss
+
     def _run(self, model: nn.Module, batch: Batch) -> Any:
         """What the loss function returns; half precision is float32 in it, and what checkpoints would drop is kept."""
-        with self._loan.of(batch) as lent, Uncast(), straight_through():
+        loan = next((loan for known, loan in self._loans if known is batch), Loan())  # of a piece: copies
+        with loan.of(batch) as lent, Uncast(), straight_through():
             return self.loss_fn(model, mapped(upcast, lent))
 
     @classmethod
@@ -235,23 +259,6 @@ class Probe:
                 "are not finite either, look for overflow or a division by zero in the model or the data"
             )
         return loss
-
-
-def mean_with_error(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean of values (parts, n) and its standard error, over the parts of all ranks, both (n,); nan for a single part.
-
-    Args:
-        values: what was measured on each part.
-        weights: what each part counts, (parts,); those of all ranks sum to one.
-    """
-    parts, mean = summed_number(len(values)), summed(weights @ values)
-    scatter = summed(weights @ (values - mean).square())
-    return mean, (scatter / (parts - 1)).sqrt() if parts > 1 else torch.full_like(mean, torch.nan)
-
-
-def paired_error(difference: Tensor, weights: Tensor) -> float:
-    """Standard error of the mean of differences (parts,) of two networks' losses; see ``mean_with_error``."""
-    return float(mean_with_error(difference[:, None], weights)[1])
 
 
 def _trace(anatomy: Anatomy, layer: HiddenLayer, loss: Tensor, size: int, share: float) -> LayerTrace:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 T = TypeVar("T")
 
@@ -78,3 +78,20 @@ def summed(value: torch.Tensor) -> torch.Tensor:
 def summed_number(value: float) -> float:
     """The sum of a number over the ranks."""
     return value if rank_count() == 1 else _reduced(value, distributed.ReduceOp.SUM)
+
+
+def mean_with_error(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of values (parts, n) and its standard error, over the parts of all ranks, both (n,); nan for a single part.
+
+    Args:
+        values: what was measured on each part.
+        weights: what each part counts, (parts,); those of all ranks sum to one.
+    """
+    parts, mean = summed_number(len(values)), summed(weights @ values)
+    scatter = summed(weights @ (values - mean).square())
+    return mean, (scatter / (parts - 1)).sqrt() if parts > 1 else torch.full_like(mean, torch.nan)
+
+
+def paired_error(difference: Tensor, weights: Tensor) -> float:
+    """Standard error of the mean of differences (parts,) of two networks' losses; see ``mean_with_error``."""
+    return float(mean_with_error(difference[:, None], weights)[1])

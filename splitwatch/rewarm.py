@@ -72,15 +72,15 @@ class Rewarm:
 
     def _scale(self, *_: Any) -> None:
         self._restore()  # should the step before have failed, as before a checkpoint
+        if self.done >= self.steps:  # hooks stay until the next growth: none may go while the optimizer calls them
+            return
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
         for group in self.optimizer.param_groups:
             group["lr"] = group["lr"] * self.factor
 
     def _put_back(self, *_: Any) -> None:
         self._restore()
-        self.done += 1
-        if self.done >= self.steps:
-            self._end()
+        self.done = min(self.done + 1, self.steps)
 
     def _restore(self, *_: Any) -> None:
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=False):

@@ -56,6 +56,14 @@ class Call:
         return pytree.tree_unflatten(list(self.leaves), self.spec)
 
 
+def _edge(tensor: Tensor) -> GradientEdge | None:
+    """Where a tensor stands in the graph; nowhere, if it is a view taken under ``no_grad``, whatever it says itself."""
+    try:
+        return get_gradient_edge(tensor)
+    except AssertionError:
+        return None
+
+
 def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
@@ -104,9 +112,9 @@ class Tape(TorchFunctionMode):
         number = len(self.tensors)
         self.tensors.append(tensor)
         self._numbers[id(tensor)] = number
-        if tensor.requires_grad:
+        if tensor.requires_grad and (edge := _edge(tensor)) is not None:
             # The edge of this moment: a later in-place operation moves the tensor to another place in the graph.
-            self.edges[number] = get_gradient_edge(tensor)
+            self.edges[number] = edge
         return number
 
     def _append(self, call: Call) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from splitwatch.precision import full_precision
@@ -29,8 +30,11 @@ _COPIES: dict[type, Callable[[Any], Any]] = {
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module, *, training: bool = False) -> Iterator[None]:
     """Eval mode, full precision and nothing compiled inside; everything outside is as before, to the bit.
+
+    With ``training`` modules stay in the modes that they are in, but for those that count batches: BatchNorm's running
+    statistics change without a trace in their versions.
 
     RNG states (of torch, Python and NumPy), modes, precision flags, buffers and whatever else modules hold as
     attributes are put back: counters, lists, dicts, tensors, metric states. Objects of other classes stay the objects
@@ -40,7 +44,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         SplitWatchError: the parameters are on several devices, or hold no values.
     """
     check_parameters(model)
-    with full_precision(model), torch.compiler.set_stance("force_eager"), _restored(model):
+    with full_precision(model), torch.compiler.set_stance("force_eager"), _restored(model, training):
         yield
 
 
@@ -90,14 +94,15 @@ def check_whole(model: nn.Module) -> None:
 
 
 @contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; RNG states, modes and what modules hold outside are as before, to the bit."""
+def _restored(model: nn.Module, training: bool) -> Iterator[None]:
+    """Eval mode inside, but for ``training``; RNG states, modes and what modules hold outside are as before."""
     modes = {module: module.training for module in model.modules()}
     held = _Held(model)
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices), _forked():
         try:
-            model.eval()
+            for module in [module for module in modes if isinstance(module, _NormBase)] if training else [model]:
+                module.eval()
             yield
         finally:
             for module, training in modes.items():

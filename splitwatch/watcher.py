@@ -58,15 +58,16 @@ class Watcher:
     def _ready(self) -> bool:
         return self.fixed_probe is not None or self.collector.ready
 
-    def look(self, batch: Batch, *, wanted: bool) -> None:
+    def look(self, batch: Batch, *, wanted: bool, fit: bool) -> None:
         """Do what is to be done with a step's batch; between two looks one clock runs, that of training.
 
         Args:
             batch: of the last step that was noted.
             wanted: whether anything would follow from a stationary point.
+            fit: whether the batch may stand in a probe: not where its loss was not finite, and the step left out.
         """
         self.budget.enter()
-        if self.fixed_probe is None:
+        if self.fixed_probe is None and fit:
             self.collector.add(batch)
         self.batch_size = max(self.batch_size, batch_size(batch))
         if self.detector.complete and (verdict := self.detector.judge()):

@@ -13,7 +13,7 @@ from zoo import in_turn
 from splitwatch import Grower, GrowthPolicy, Probe, SplitWatchError
 from splitwatch.control import Control
 from splitwatch.events import Comparison
-from splitwatch.probe import paired_error
+from splitwatch.ranks import paired_error
 from splitwatch.report.page import event_markdown
 from splitwatch.report.scalars import event_scalars
 

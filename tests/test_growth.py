@@ -766,6 +766,40 @@ def test_a_narrow_model_loads_a_wide_checkpoint(name, tmp_path):
     assert {x.name: x.width for x in growable(again, probe)} == {x.name: x.width for x in growable(model, probe)}
 
 
+class Holder(nn.Module):
+    """A model whose part grows."""
+
+    def __init__(self, student):
+        super().__init__()
+        self.student, self.teacher = student, nn.Linear(2, 2)
+
+
+def test_a_checkpoint_of_a_model_whose_part_has_grown_is_loaded(tmp_path):
+    model, probe = grown_twice("mlp")
+    torch.save(Holder(model).state_dict(), tmp_path / "whole.pt")
+    loaded = load_grown(lambda: Holder(build("mlp")), tmp_path / "whole.pt")
+    assert all(torch.equal(a, b) for a, b in zip(outputs(loaded.student, probe), outputs(model, probe), strict=True))
+
+
+def test_only_hyperparameters_that_are_taken_are_passed_on(tmp_path):
+    model, probe = grown_twice("mlp")
+    saved = {"name": "mlp", "rate": 0.1, "_instantiator": "whoever made it"}
+    torch.save({"state_dict": model.state_dict(), "hyper_parameters": saved}, tmp_path / "last.ckpt")
+    given = {}
+
+    def named(name):
+        return build(name)
+
+    def anything(**settings):
+        given.update(settings)
+        return build(settings["name"])
+
+    for make in (named, anything, lambda: build("mlp")):
+        loaded = load_grown(make, tmp_path / "last.ckpt")
+        assert all(torch.equal(a, b) for a, b in zip(outputs(loaded, probe), outputs(model, probe), strict=True))
+    assert given == {"name": "mlp", "rate": 0.1}
+
+
 @pytest.mark.parametrize("name", ZOO)
 def test_a_wide_model_loads_the_narrow_checkpoint_it_came_from(name, tmp_path):
     narrow, probe = ZOO[name].make(samples=4)

@@ -232,3 +232,18 @@ def test_methods_run_where_they_know_the_network_and_are_installed(bench, tmp_pa
     runner.main(["--cells", "teacher tanh", "--methods", "gromo", "random", "--results", str(tmp_path / "none.jsonl")])
     assert "random" in ran and "gromo" not in ran
     assert "gromo: left out, not_a_package is not installed" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_only_certified_and_signed_splits_leave_minima_of_either_sign(bench, monkeypatch, capsys):
+    minimum = bench("growth_minimum")
+    monkeypatch.setattr(minimum, "STEPS", 300)
+    found = minimum.main(["--points", "1", "--seed", "1"])
+    for sign in (1, -1):
+        (certified,), (s2d,) = found[sign, "certified"], found[sign, "S2D"]
+        assert min(certified.coefficients) * sign < 0 < certified.coefficients[0]
+        assert certified.curvature < 0
+        assert certified.final < certified.at_growth < 1
+        assert (s2d.curvature < -1e-12) == (sign < 0)
+        assert (s2d.final < 1) == (sign < 0)
+    assert "1 of 1" in capsys.readouterr().out

@@ -85,6 +85,13 @@ def test_grouped_bounds_cover_as_often_as_they_say():
     assert covered / 300 > 0.88
 
 
+def test_equal_gradients_have_no_noise_to_rounding():
+    for seed in range(50):
+        gradient = torch.randn(7, generator=torch.Generator().manual_seed(seed))
+        found = noise_of([gradient] * 9, [16] * 9).compute()
+        assert 0 <= found["gradient_variance"] <= 1e-5 * gradient.square().sum()
+
+
 def test_two_batches_have_no_bounds():
     found = noise_of(batch_gradients()[:2], SIZES[:2]).compute()
     assert found["gradient_bound"] == math.inf

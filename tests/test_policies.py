@@ -128,6 +128,17 @@ def test_certified_leaves_a_minimum_with_a_negative_definite_inner_hessian():
     assert probe.loss(model) < before
 
 
+def test_what_descends_without_being_certified_is_told():
+    """Equal copies would descend, signed ones would not: the reason is about the former."""
+    model, batch = definite_minimum(-1)
+    probe = repeated(batch)
+    measured = measure_geometry(model, probe)["0"]
+    wide = {name: torch.tensor([[-9.0, 9.0]]).double() for name in ("interval", "max_interval", "escape_interval")}
+    policy = GrowthPolicy(moves="certified", max_ratio=None)
+    plan = plan_growth(model, {"0": replace(measured, **wide)}, probe, policy)
+    assert "growth would not be certified here: 1 of 1 neurons descend on the fitted half" in plan.reason
+
+
 @pytest.mark.parametrize("outputs", [1, 2])
 def test_chance_is_certified_as_seldom_as_promised(outputs):
     """Where targets are outputs plus noise, S and G are zero but for sampling: nothing there is to be certified."""
@@ -313,7 +324,9 @@ def test_copies_side_by_side_are_what_was_predicted():
     """Three and more copies of a neuron: their second-order decrease is that of the loss."""
     model, _, probe, _ = deep()
     geometry, layers = measure_geometry(model, probe), growable(model, probe)
-    plan = replace(plan_of(layers), moves=tuple(_splits(model, layers[0], geometry, probe, {layers[0].name: 20})))
+    plan = replace(
+        plan_of(layers), moves=tuple(_splits(model, layers[0], geometry, probe, {layers[0].name: 20}, 2**28))
+    )
     assert sum(move.added for move in plan.moves) == 20
     move = next(move for move in plan.moves if isinstance(move, Split) and len(move.coefficients) > 2)
     assert len({tuple(row) for row in move.in_offset.tolist()}) == len(move.coefficients)
@@ -386,7 +399,7 @@ def test_choosers_that_return_nothing_or_nonsense():
         ({"layers": ["0", "0"]}, r"layers: required every name once"),
         ({"coefficients": (0.5, 0.6)}, r"coefficients must sum to 1; found 1.1"),
         ({"coefficients": []}, r"coefficients must be two or more"),
-        ({"coefficients": 0.5}, r"coefficients must be finite numbers in one dimension"),
+        ({"coefficients": 0.5}, r'coefficients: required "auto", "equal", "signed" or numbers, found 0.5'),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(settings, match):

@@ -14,7 +14,7 @@ from splitwatch.growth.grow import widened
 from splitwatch.growth.mixture import holds_sprouts
 from splitwatch.growth.promise import FALSE, Promise, _discovered, apart, promises
 from splitwatch.growth.search import scale
-from splitwatch.probe import mean_with_error
+from splitwatch.ranks import mean_with_error
 from splitwatch.records import Consumer, GrowthPlan, HiddenLayer, Sprout
 
 

@@ -22,7 +22,7 @@ from zoo import SINGLY, ZOO
 
 from splitwatch.geometry.weights import neuron_weights
 from splitwatch.growth.branch import branch
-from splitwatch.growth.checkpoint import load_grown
+from splitwatch.growth.checkpoint import KEY, load_grown, recall
 from splitwatch.growth.embedding import critical_embedding, inactive_propagation, inactive_units, unit_replication
 from splitwatch.growth.reduction import critical_reduction, redundancy
 from splitwatch.growth.stored import stored_redundancy
@@ -358,6 +358,9 @@ def test_a_checkpoint_tells_as_much_as_the_model(name, tmp_path):
     assert set(expected.values()) <= {3, 4}
     for file in ("wide.pt", "wide.ckpt"):
         assert stored_redundancy(tmp_path / file) == expected
+    told = {"SplitWatch": {KEY: recall(wide)}}  # the state dict was rebuilt, which loses its metadata
+    torch.save({"state_dict": dict(wide.state_dict()), "callbacks": told}, tmp_path / "rebuilt.ckpt")
+    assert stored_redundancy(tmp_path / "rebuilt.ckpt") == expected
     with torch.no_grad():
         wide.get_submodule(layers[0].name).weight[-1] *= 1 + 1e-4
     torch.save(wide.state_dict(), tmp_path / "wide.pt")

@@ -70,8 +70,7 @@ def test_steps_are_those_of_rates_by_hand_and_schedulers_never_see_them(optimize
 
     assert rates == train(hand, two, SCHEDULERS[scheduler](two), 30, factor)
     assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), hand.parameters(), strict=True))
-    assert not one._optimizer_step_pre_hooks
-    assert not one._optimizer_step_post_hooks
+    assert len(one._optimizer_step_pre_hooks) == len(one._optimizer_step_post_hooks) == 1  # idle, for the next growth
 
 
 def test_a_saved_run_goes_on_where_it_was():
@@ -127,6 +126,19 @@ def test_a_step_that_fails_leaves_no_scaled_rate_for_the_next():
     assert optimizer.state_dict()["param_groups"][0]["lr"] == 0.1
     train(model, optimizer, SCHEDULERS["none"](optimizer), 1)
     assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_hooks_that_come_later_are_called_after_the_last_rewarmed_step_too():
+    optimizer, calls = OPTIMIZERS["sgd"](network().parameters()), []
+    rewarm = Rewarm(optimizer, 3)
+    rewarm.begin()
+    for register in (optimizer.register_step_pre_hook, optimizer.register_step_post_hook):
+        register(lambda *arguments: calls.append(optimizer.param_groups[0]["lr"]))
+    for _ in range(5):
+        optimizer.step()
+    assert calls == pytest.approx([0.01, 0.1, 0.04, 0.1, 0.07, 0.1, 0.1, 0.1, 0.1, 0.1])
+    rewarm.begin()
+    assert len(optimizer._optimizer_step_pre_hooks) == 2
 
 
 @pytest.mark.parametrize("settings", [{"steps": 0}, {"steps": 3, "start": 1.5}])

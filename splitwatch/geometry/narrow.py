@@ -119,30 +119,30 @@ class LossCurvature:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
             raise SplitWatchError("model: required trainable parameters, found none; set requires_grad on some")
-        flat = _flat(self.parameters).detach()
-        self.n, self.dtype, self.device, self.size = len(flat), flat.dtype, flat.device, float(flat.double().norm())
+        row = flat(self.parameters).detach()
+        self.n, self.dtype, self.device, self.size = len(row), row.dtype, row.device, float(row.double().norm())
         self.kept: dict[int, tuple[Tensor, ...]] = {}  # slopes with their graphs, by the batch's identity
         self.room, self.once = _KEPT_BYTES, False
         self.weights = {half: share_of(probe.samples(half)) for half in ("fitted", "held_out", "all")}
 
     def gradient(self, half: str) -> Tensor:
         """The gradient on a half, (n,), in float64."""
-        return self._mean(half, _flat, torch.float64)
+        return self._mean(half, flat, torch.float64)
 
     def product(self, vectors: Tensor, half: str) -> Tensor:
         """The Hessian on a half times a vector, (1, n) → (1, n)."""
         seed = vectors[0].to(self.device, self.dtype)
-        parts = seed.split([p.numel() for p in self.parameters])
+        parts = _like(self.parameters, seed)
 
         def along(slopes: Sequence[Tensor]) -> Tensor:
-            pairs = [(s, part.view_as(s)) for s, part in zip(slopes, parts, strict=True) if s.requires_grad]
+            pairs = [(s, part) for s, part in zip(slopes, parts, strict=True) if s.requires_grad]
             if not pairs:  # linear in the parameters
                 return torch.zeros_like(seed)
             if self.once:
                 raise RuntimeError("an operation in the loss can be differentiated only once")
             outputs, directions = zip(*pairs, strict=True)
             grads = torch.autograd.grad(outputs, self.parameters, directions, retain_graph=True, materialize_grads=True)
-            return _flat(grads)
+            return flat(grads)
 
         return self._mean(half, along, self.dtype)[None].to(vectors)
 
@@ -197,8 +197,16 @@ def _is_cut(slopes: Iterable[Tensor]) -> bool:
     return any("autograd::Error" in node.name() for node in seen)
 
 
-def _flat(tensors: Iterable[Tensor]) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors])
+def flat(tensors: Iterable[Tensor]) -> Tensor:
+    """All numbers of some tensors in a row; complex ones are two."""
+    return torch.cat([(torch.view_as_real(t) if t.is_complex() else t).flatten() for t in tensors])
+
+
+def _like(tensors: Sequence[Tensor], row: Tensor) -> list[Tensor]:
+    """The same numbers in the shapes of the tensors."""
+    parts = row.split([t.numel() * (1 + t.is_complex()) for t in tensors])
+    pairs = zip(tensors, parts, strict=True)
+    return [torch.complex(*x.view(*t.shape, 2).unbind(-1)) if t.is_complex() else x.view_as(t) for t, x in pairs]
 
 
 def _judge(

@@ -39,7 +39,8 @@ class Graph:
     def __init__(self, trace: LayerTrace) -> None:
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention differentiates once
             self.z = tuple(z.detach().requires_grad_() for z in trace.pre_activations())
-            self.h = trace.path(*self.z)
+            # What a consumer reads detached has the slope zero.
+            self.h = tuple(h if h.requires_grad else h.detach().requires_grad_() for h in trace.path(*self.z))
             signals = zip(trace.consumers, trace.readers, trace.signals, strict=True)
             seeds = [consumer.input_gradient(reader, signal) for consumer, reader, signal in signals]
             self.slope = torch.autograd.grad(self.h, self.z, seeds, create_graph=True, materialize_grads=True)
@@ -161,7 +162,7 @@ class Response:
 
     @property
     def count(self) -> int:
-        """K."""
+        """Number of neurons k."""
         return self.shapes[0][self.axis] if self.rows is None else len(self.rows)
 
     def bend(self, t: Sequence[Tensor]) -> tuple[Tensor, ...]:

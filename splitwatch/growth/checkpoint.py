@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from functools import partial
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -198,7 +199,7 @@ def load_grown(cls: Any, path: str | os.PathLike[str], **kwargs: Any) -> Any:
     """Build a module and load a checkpoint of any width into it.
 
     Args:
-        cls: a class or function that builds the narrow module; a LightningModule class gets its saved hyperparameters.
+        cls: a class or function that builds the narrow module; it gets the saved hyperparameters that it takes.
         path: a Lightning checkpoint or a saved state dict.
         kwargs: passed to ``cls``, over the saved hyperparameters.
 
@@ -206,12 +207,24 @@ def load_grown(cls: Any, path: str | os.PathLike[str], **kwargs: Any) -> Any:
         SplitWatchError: the file holds no state dict, or classes that torch does not load unasked.
     """
     state, checkpoint = read_state(path)
-    model = cls(**{**checkpoint.get("hyper_parameters", {}), **kwargs})
-    history = make_growable(model)
+    model = cls(**{**_taken(cls, checkpoint.get("hyper_parameters", {})), **kwargs})
+    history = make_growable(_grown_part(model, stored_history(state)[0]))
     history.elsewhere = partial(told_history, checkpoint)
     model.load_state_dict(state)
     history.elsewhere = dict
     return model
+
+
+def _grown_part(model: nn.Module, prefix: str) -> nn.Module:
+    """The module whose growth a state dict records under a prefix, where the model has one of that name."""
+    return dict(model.named_modules()).get(prefix.rstrip("."), model)
+
+
+def _taken(cls: Any, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The saved hyperparameters that a class or function takes; names with an underscore are the savers' own."""
+    parameters = signature(cls).parameters
+    any_name = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values())
+    return {k: v for k, v in saved.items() if k in parameters or (any_name and not k.startswith("_"))}
 
 
 def _resize(model: nn.Module, state: Mapping[str, Any], prefix: str, layer: Mapping[str, Any]) -> None:

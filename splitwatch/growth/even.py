@@ -60,7 +60,8 @@ def plan_even(
         pursue(model, x, probe, counts[x.name], geometry.get(x.name), max_bytes=policy.max_bytes, improved=KEPT)
         for x in able
     ]
-    splits = [move for layer in layers if layer not in able for move in _splits(model, layer, geometry, probe, counts)]
+    rest, room = [layer for layer in layers if layer not in able], policy.max_bytes
+    splits = [move for layer in rest for move in _splits(model, layer, geometry, probe, counts, room)]
     parted = _parted(model, GrowthPlan(layers, tuple(splits), ""), probe)
     told = f"every layer by the ratio {ratio:g}: "
     promised = promises(model, layers, [move for part in found for move in part.sprouts()], probe)
@@ -185,12 +186,15 @@ def _splits(
     measured: Mapping[str, LayerGeometry],
     probe: Probe,
     counts: Mapping[str, int],
+    max_bytes: int,
 ) -> list[Split]:
     """A layer's new neurons by splits at offset 1, of the neurons with most to gain first."""
     count = counts[layer.name]
     if not count:
         return []
-    geometry = (measured if layer.name in measured else measure_geometry(model, probe, [layer]))[layer.name]
+    if layer.name not in measured:
+        measured = measure_geometry(model, probe, [layer], max_bytes=max_bytes)
+    geometry = measured[layer.name]
     best = [item.move for item in best_splits(model, layer, geometry, EQUAL, certified=False)]
     best.sort(key=lambda move: -move.predicted_decrease)
     incoming, outgoing = neuron_weights(model, layer)

@@ -206,17 +206,24 @@ def _drift(model: nn.Module, plan: GrowthPlan, probe: Probe, precision: torch.dt
 
 def _rounding(model: nn.Module, consumers: Sequence[str], probe: Probe, before: Sequence[Tensor]) -> float:
     """Relative change of what consumers put out when their weights are off by a rounding: much where terms cancel."""
-    generator, weights = torch.Generator().manual_seed(0), [submodule(model, name).weight for name in consumers]
+    with rounded(model, consumers):
+        after = probe.outputs(model, consumers)
+    return largest_over_ranks(max(map(_relative, after, before)))
+
+
+@contextmanager
+def rounded(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """The weights of some modules off by a rounding each, for the duration of a block."""
+    generator, weights = torch.Generator().manual_seed(0), [submodule(model, name).weight for name in names]
     kept = [weight.data for weight in weights]
     try:
         for weight in weights:
             signs = torch.randint(2, weight.shape, generator=generator).to(weight) * 2 - 1
             weight.data = weight.data * (1 + torch.finfo(weight.dtype).eps * signs)
-        after = probe.outputs(model, consumers)
+        yield
     finally:
         for weight, data in zip(weights, kept, strict=True):
             weight.data = data
-    return largest_over_ranks(max(map(_relative, after, before)))
 
 
 def _amplification(plan: GrowthPlan) -> float:

@@ -13,7 +13,8 @@ from splitwatch.growth.cost import fitting
 from splitwatch.growth.policy import GrowthPolicy
 from splitwatch.growth.pursuit import Seedlings, proposals, pursue, sized
 from splitwatch.growth.search import NO_ROOM, held_out_gains, rejected, searched, within_budget
-from splitwatch.probe import Probe, paired_error
+from splitwatch.probe import Probe
+from splitwatch.ranks import paired_error
 from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, Move, Split, Sprout
 
 
@@ -55,8 +56,11 @@ def mix(
     nothing = "growth would not help here: no new neuron is possible that explains a slope of the loss"
     if not any(map(holds_sprouts, layers)):
         nothing = "growth would not help here: beside depthwise and grouped convolutions neurons can only be split"
-    none = NO_ROOM if items or policy.max_neurons == 0 else nothing if splits.moves else splits.reason
-    return GrowthPlan(layers, (), none)
+    if items or policy.max_neurons == 0:
+        nothing = NO_ROOM
+    elif not splits.moves and policy.moves == "mixed":
+        nothing = splits.reason
+    return GrowthPlan(layers, (), nothing)
 
 
 def _bounded(layers: Sequence[HiddenLayer], policy: GrowthPolicy) -> GrowthPolicy:

@@ -55,6 +55,11 @@ def plan_growth(
     policy = policy or GrowthPolicy()
     given = find_hidden_layers(model, probe) if layers is None else layers
     even = policy.moves == "even"
+    if not geometry and not even and policy.layers is None and any(layer.growable for layer in given):
+        raise SplitWatchError(
+            "geometry: required the measurements of some layers, found none; pass measure_geometry(model, probe), or "
+            'plan with moves="even", which does without'
+        )
     every = [*geometry] or None if even else [*geometry]
     names = every if policy.layers is None else policy.layers
     able = {layer.name for layer in given if layer.growable and (names is None or layer.name in names)}

@@ -113,15 +113,10 @@ class GrowthPolicy:
         for name, (kind, least, optional) in _NUMBERS.items():
             _check_number(name, getattr(self, name), kind, least, optional)
         _check_names(self.layers)
-        if not isinstance(self.coefficients, str):
-            splitting_modes(self.coefficients)
-        elif self.coefficients not in {"auto", "equal", "signed"}:
-            raise SplitWatchError(
-                f'coefficients: required "auto", "equal", "signed" or numbers, found {self.coefficients!r}'
-            )
-        if self.per not in {"parameter", "neuron", "flop"}:
+        _check_coefficients(self.coefficients)
+        if self.per not in ("parameter", "neuron", "flop"):
             raise SplitWatchError(f'per: required "parameter", "neuron" or "flop", found {self.per!r}; choose one')
-        if isinstance(self.detector, str):
+        if self.detector is not None:
             imported("detector", self.detector)
         if self.chooser is None and self.moves not in MOVES:
             names = ", ".join(f'"{name}"' for name in MOVES)
@@ -154,8 +149,8 @@ def imported(field: str, given: str | Callable[..., Any]) -> Callable[..., Any]:
     """
     if callable(given):
         return given
-    module, _, name = given.partition(":")
     try:
+        module, _, name = given.partition(":")
         found = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise SplitWatchError(
@@ -174,11 +169,23 @@ def _check_number(name: str, value: Any, kind: type, least: float, optional: boo
         raise SplitWatchError(f"{name}: required {wanted} ≥ {least:g}{' or None' if optional else ''}, found {value!r}")
 
 
+def _check_coefficients(given: Any) -> None:
+    if isinstance(given, str) and given in {"auto", "equal", "signed"}:
+        return
+    try:
+        values = [float(value) for value in given]
+    except (TypeError, ValueError):
+        raise SplitWatchError(
+            f'coefficients: required "auto", "equal", "signed" or numbers, found {given!r}; [0.5, 0.5] are two halves'
+        ) from None
+    splitting_modes(values)
+
+
 def _check_names(layers: Any) -> None:
     """Refuse what are no names of layers, a single string included, whose letters would be taken for names."""
     if layers is None:
         return
-    if isinstance(layers, str) or not all(isinstance(name, str) for name in layers):
+    if isinstance(layers, str) or not (isinstance(layers, Sequence) and all(isinstance(x, str) for x in layers)):
         cure = f"; write [{layers!r}]" if isinstance(layers, str) else ""
         raise SplitWatchError(f"layers: required a list of dotted names or None, found {layers!r}{cure}")
     if len(set(layers)) < len(layers):

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from splitwatch.geometry.ends import channels, outgoing_gradient
 from splitwatch.growth.grow import widened
 from splitwatch.growth.search import scale
-from splitwatch.probe import LayerTrace, Probe, mean_with_error
-from splitwatch.ranks import share_of, summed_number
+from splitwatch.probe import LayerTrace, Probe
+from splitwatch.ranks import mean_with_error, share_of, summed_number
 from splitwatch.records import GrowthPlan, HiddenLayer, Sprout
 
 PARTS = 8

@@ -15,9 +15,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector
 
-from splitwatch.geometry.narrow import LossCurvature
+from splitwatch.geometry.narrow import LossCurvature, flat
 from splitwatch.geometry.response import GRAPH
 from splitwatch.growth.candidates import ascend, best, candidates, select
 from splitwatch.growth.grow import widened
@@ -187,7 +186,7 @@ def _curvature(model: nn.Module, plan: GrowthPlan, probe: Probe) -> float:
 
 
 def _trainable(model: nn.Module) -> Tensor:
-    return parameters_to_vector(p.detach() for p in model.parameters() if p.requires_grad)
+    return flat(p.detach() for p in model.parameters() if p.requires_grad)
 
 
 def proposals(model: nn.Module, found: Sequence[Seedlings], probe: Probe) -> list[Candidate]:

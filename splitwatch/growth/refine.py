@@ -24,7 +24,8 @@ from splitwatch.geometry.sweep import Sweep
 from splitwatch.geometry.weights import neuron_weights
 from splitwatch.growth.search import held_out_gains, stretch
 from splitwatch.precision import full_precision
-from splitwatch.probe import Probe, paired_error
+from splitwatch.probe import Probe
+from splitwatch.ranks import paired_error
 from splitwatch.records import GrowthPlan, HiddenLayer, Split
 
 SEEN, TOLERANCE = 256, 0.1

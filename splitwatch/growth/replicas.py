@@ -41,16 +41,23 @@ def bare_optimizers(optimizers: Optimizer | Iterable[Optimizer]) -> list[Optimiz
     """The optimizers themselves, not Fabric's wrappers.
 
     Raises:
-        SplitWatchError: a rank holds only part of an optimizer's state.
+        SplitWatchError: a rank holds only part of an optimizer's state, or something else is no optimizer.
     """
-    given: list[Any] = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+    given: list[Any] = list(optimizers) if isinstance(optimizers, Iterable) else [optimizers]
     for optimizer in given:
         if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
             raise SplitWatchError(
                 "optimizer: required one whose state each process holds whole, found ZeroRedundancyOptimizer, which "
                 "shards it by the parameters it was made with; use the optimizer that it wraps"
             )
-    return [getattr(optimizer, "optimizer", optimizer) for optimizer in given]
+    found = [getattr(optimizer, "optimizer", optimizer) for optimizer in given]
+    for optimizer in found:
+        if not isinstance(optimizer, Optimizer):
+            raise SplitWatchError(
+                f"optimizer: required optimizers of torch.optim, found {optimizer!r} ({type(optimizer).__name__}); "
+                "pass one, or a list of them"
+            )
+    return found
 
 
 def _check(replica: DistributedDataParallel) -> None:

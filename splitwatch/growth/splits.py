@@ -22,14 +22,18 @@ def preferences(policy: GrowthPolicy) -> tuple[tuple[float, ...], ...]:
     named = {"auto": (EQUAL, signed), "equal": (EQUAL,), "signed": (signed,)}
     if isinstance(policy.coefficients, str):
         return named[policy.coefficients]
-    return (tuple(float(value) for value in policy.coefficients),)
+    given = [float(value) for value in policy.coefficients]
+    return (tuple(value / sum(given) for value in given),)  # they may come from float32
 
 
 def split_candidates(
     model: nn.Module, layers: Sequence[HiddenLayer], geometry: Mapping[str, LayerGeometry], policy: GrowthPolicy
 ) -> list[Candidate]:
-    """The best split of every neuron, with the first of the preferred coefficients that let one descend."""
-    found: list[Candidate] = []
+    """The best split of every neuron, with the first of the preferred coefficients that let one descend.
+
+    Where none surely does, with those by which most would on the fitted half.
+    """
+    tried: list[list[Candidate]] = []
     for coefficients in preferences(policy):
         found = [
             item
@@ -37,8 +41,14 @@ def split_candidates(
             for item in best_splits(model, layer, geometry[layer.name], coefficients, policy.moves == "certified")
         ]
         if any(item.confirmed for item in found):
-            break
-    return found
+            return found
+        tried.append(found)
+    return max(tried, key=descending)
+
+
+def descending(candidates: Sequence[Candidate]) -> int:
+    """How many descend on the fitted half."""
+    return sum(item.move.predicted_decrease > 0 for item in candidates)
 
 
 def best_splits(
@@ -132,15 +142,15 @@ def why_none(candidates: Sequence[Candidate], certified: bool = False) -> str:
     """Why no neuron is split."""
     if not candidates:
         return "growth would not help here: no hidden layer can be widened"
-    descending = sum(item.move.predicted_decrease > 0 for item in candidates)
-    if descending and certified:
+    some = descending(candidates)
+    if some and certified:
         return (
-            f"growth would not be certified here: {descending} of {len(candidates)} neurons descend on the fitted "
+            f"growth would not be certified here: {some} of {len(candidates)} neurons descend on the fitted "
             "half, none beyond its eigenvalue's residual and its held-out confidence bound; a larger probe may decide"
         )
-    if descending:
+    if some:
         return (
-            f"growth would not help here: {descending} of {len(candidates)} neurons descend on the fitted half, "
+            f"growth would not help here: {some} of {len(candidates)} neurons descend on the fitted half, "
             "none does beyond rounding and on the held-out half; a larger probe may decide"
         )
     return "growth would not help here: no neuron has a direction in which its copies could descend"

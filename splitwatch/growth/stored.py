@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from splitwatch.anatomy import plain_name
-from splitwatch.growth.checkpoint import read_state, stored_history
+from splitwatch.growth.checkpoint import read_state, stored_history, told_history
 from splitwatch.growth.reduction import redundancy
 from splitwatch.records import Consumer, HiddenLayer
 
@@ -30,8 +30,9 @@ def stored_redundancy(path: str | os.PathLike[str], tolerance: float = 1e-6) -> 
     Raises:
         SplitWatchError: the file holds no state dict, or the tolerance is negative.
     """
-    state, _ = read_state(path)
+    state, checkpoint = read_state(path)
     prefix, history = stored_history(state)
+    history = history or told_history(checkpoint)
     tensors = {plain_name(name.removeprefix(f"{prefix}.")): tensor for name, tensor in state.items()}
     told = [name for name, entry in history.items() if _is_told(entry, tensors)]
     found = redundancy(

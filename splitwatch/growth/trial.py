@@ -1,7 +1,8 @@
 """Which layers the model's own code can follow to another width: one more neuron in each, tried and undone.
 
 Sizes that are written into the code (``view(-1, 64)``, the size of an attention head) are in no module, and what code
-hidden from the tape does with a layer is not seen either; both fail as soon as the layer is wider.
+hidden from the tape does with a layer is not seen either; both fail as soon as the layer is wider. So does, in training
+alone, what only training uses. Where code divides by a width, the function changes with it.
 """
 
 from __future__ import annotations
@@ -12,11 +13,16 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from splitwatch.anatomy import plain_modules
 from splitwatch.growth.cost import one_round
-from splitwatch.growth.grow import UNFOLLOWED, widened
+from splitwatch.growth.grow import SLACK, UNFOLLOWED, rounded, widened
+from splitwatch.linear_map import SUPPORTED
 from splitwatch.probe import Probe
 from splitwatch.ranks import largest_over_ranks
 from splitwatch.records import GrowthPlan, HiddenLayer
+
+CHANGED = 1e-3
+"""Relative change of the loss from which on it is asked whether rounding explains it."""
 
 
 def tried(model: nn.Module, layers: Sequence[HiddenLayer], probe: Probe, names: Container[str]) -> list[HiddenLayer]:
@@ -25,26 +31,47 @@ def tried(model: nn.Module, layers: Sequence[HiddenLayer], probe: Probe, names: 
     Args:
         model: the network, left as it was.
         layers: what ``find_hidden_layers`` found.
-        probe: its first batch is run, once for each layer that is tried, without gradients.
+        probe: its first batch is run without gradients, in eval mode and as modules are, with all layers to be tried
+            wider at once; one by one only where that fails.
         names: of the layers to try, which can be widened as far as is known.
     """
-    return [replace(layer, reason=_failure(model, layer, probe)) if layer.name in names else layer for layer in layers]
+    able = [layer for layer in layers if layer.name in names]
+    if not able:
+        return list(layers)
+    trial = Trial(model, probe)
+    if not trial.failure(able):
+        return list(layers)
+    return [replace(layer, reason=trial.failure([layer])) if layer in able else layer for layer in layers]
 
 
-def _failure(model: nn.Module, layer: HiddenLayer, probe: Probe) -> str:
-    """What goes wrong when a layer has a neuron more in each of its groups, nothing where all goes well."""
-    with widened(model, GrowthPlan((layer,), tuple(one_round(model, layer)), ""), offsets=False):
-        why = _error(model, probe)
-    anywhere = largest_over_ranks(float(why is not None))  # every rank leaves the layer out, or none
-    return f"the forward pass does not follow its width ({why or 'on another rank'})" if anywhere else ""
+class Trial:
+    """A model and what its loss is now."""
 
+    def __init__(self, model: nn.Module, probe: Probe) -> None:
+        self.model, self.probe, self.loss = model, probe, probe.first(model)
 
-def _error(model: nn.Module, probe: Probe) -> str | None:
-    """How the loss of the probe's first batch fails, if it does."""
-    try:
-        probe.outputs(model, ())
-    except torch.OutOfMemoryError:  # says nothing about widths
-        raise
-    except UNFOLLOWED as error:
-        return str(error).strip().partition("\n")[0] or type(error).__name__
-    return None
+    def failure(self, layers: Sequence[HiddenLayer]) -> str:
+        """What goes wrong when layers have a neuron more in each of their groups, nothing where all goes well."""
+        moves = [move for layer in layers for move in one_round(self.model, layer)]
+        with widened(self.model, GrowthPlan(tuple(layers), tuple(moves), ""), offsets=False):
+            why = self._failed() or self._failed(training=True)
+        if why and self._failed(training=True) == why:  # whatever its width
+            why = ""
+        anywhere = largest_over_ranks(float(bool(why)))  # every rank leaves the layer out, or none
+        return f"the forward pass does not follow its width ({why or 'on another rank'})" if anywhere else ""
+
+    def _failed(self, *, training: bool = False) -> str:
+        """How the loss fails, or changes in eval mode, if it does."""
+        try:
+            loss = self.probe.first(self.model, training=training)
+        except torch.OutOfMemoryError:  # says nothing about widths
+            raise
+        except UNFOLLOWED as error:
+            return str(error).strip().partition("\n")[0] or type(error).__name__
+        same = training or not abs(loss - self.loss) > CHANGED * abs(self.loss) or self._rounds(loss)
+        return "" if same else f"the loss changes from {self.loss:.3g} to {loss:.3g}"
+
+    def _rounds(self, loss: float) -> bool:
+        """Whether a rounding of all weights explains the change."""
+        with rounded(self.model, [name for name, module in plain_modules(self.model) if isinstance(module, SUPPORTED)]):
+            return abs(loss - self.loss) <= SLACK * abs(self.probe.first(self.model) - loss)

@@ -1,0 +1,405 @@
+"""What people's own code does around a network, found by attaching to it: nothing of it ends training or misleads."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from splitwatch import (
+    Grower,
+    GrowthPolicy,
+    Probe,
+    SplitWatchError,
+    find_hidden_layers,
+    grow,
+    inner_hessian,
+    measure_geometry,
+    plan_growth,
+)
+from splitwatch.geometry.narrow import LossCurvature, flat
+
+SOON = {"window": 10, "tolerance": 1e9, "noise_ratio": 1e9, "max_events": 1, "max_overhead": None, "probe_samples": 64}
+
+
+def mse(model, batch):
+    return F.mse_loss(model(batch[0]), batch[1])
+
+
+def data(n=128, dtype=torch.float32):
+    x = torch.randn(n, 6, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    return x, torch.sin(2 * x[:, :1]) * x[:, 1:2]
+
+
+def mlp(dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1)).to(dtype)
+
+
+def trained(model, loss_fn=mse, steps=12, batch=None, after=lambda i, model: None, **policy):
+    """Losses of a run that may grow after ten steps, and its events."""
+    x, y = batch or data()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    grower, losses = Grower(model, optimizer, loss_fn, GrowthPolicy(**(SOON | policy)), progress=False), []
+    for step in range(steps):
+        rows = torch.arange(16) + 16 * (step % 8)
+        optimizer.zero_grad()
+        loss = loss_fn(model, (x[rows], y[rows]))
+        loss.backward()
+        optimizer.step()
+        grower.step((x[rows], y[rows]), loss)
+        losses.append(float(loss.detach()))
+        after(step, model)
+    return losses, grower.events
+
+
+# --- logging ---------------------------------------------------------------------------------------------------------
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -gradient
+
+
+class Adversarial(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.out, self.domain = nn.Linear(6, 4), nn.Linear(4, 1), nn.Linear(4, 1)
+
+    def forward(self, x):
+        h = torch.tanh(self.a(x))
+        return self.out(h) + 0.1 * self.domain(Reversed.apply(h))
+
+
+@pytest.mark.parametrize("view", [torch.squeeze, torch.t, torch.flatten, lambda x: x[0], lambda x: x.view(-1)])
+def test_views_for_a_log_change_nothing(view):
+    """A view taken under no_grad says that it requires a gradient, and has no place in the graph."""
+
+    def logging(model, batch):
+        out = model(batch[0])
+        with torch.no_grad():
+            model.seen = float(sum(view(part).detach().norm() for part in (out, model[0].weight)))
+        return F.mse_loss(out, batch[1])
+
+    (losses, events), (plain, _) = trained(mlp(), logging), trained(mlp())
+    assert events[-1].grown
+    assert losses == plain
+
+
+def test_a_reversed_gradient_grows():
+    _, events = trained(Adversarial(), moves="even")
+    assert events[-1].widths["a"][1] > 4
+
+
+# --- layouts and numbers ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moves", ["mixed", "sprouts", "even"])
+def test_channels_last_grows(moves):
+    torch.manual_seed(0)
+    convolutions = nn.Conv2d(3, 4, 3), nn.GELU(), nn.Conv2d(4, 3, 3), nn.GELU()
+    model = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 1))
+    model = model.to(memory_format=torch.channels_last)
+    x = torch.randn(128, 3, 6, 6).to(memory_format=torch.channels_last)
+    _, events = trained(model, batch=(x, x[:, :1, 0, 0] * x[:, 1:2, 0, 0]), moves=moves)
+    assert events
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+class Spectral(nn.Module):
+    """A complex weight in front of a hidden layer."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        torch.manual_seed(0)
+        self.w = nn.Parameter(torch.complex(torch.randn(6, 3, dtype=dtype), torch.randn(6, 3, dtype=dtype)) / 3)
+        self.net = nn.Sequential(nn.Linear(6, 3), nn.Tanh(), nn.Linear(3, 1)).to(dtype)
+
+    def forward(self, x):
+        z = x.to(self.w.dtype) @ self.w
+        return self.net(torch.cat([z.real, z.imag], dim=1))
+
+
+def test_complex_weights_elsewhere_are_two_numbers_each():
+    _, events = trained(Spectral())
+    assert events[-1].grown
+    model, (x, y) = Spectral(torch.float64), data(dtype=torch.float64)
+    curvature = LossCurvature(model, Probe([(x[:64], y[:64]), (x[64:], y[64:])], mse))
+    parameters = dict(model.named_parameters())
+
+    def loss(row):
+        parts = row.split([p.numel() * (1 + p.is_complex()) for p in parameters.values()])
+        shaped = {
+            name: torch.complex(*part.view(*p.shape, 2).unbind(-1)) if p.is_complex() else part.view_as(p)
+            for (name, p), part in zip(parameters.items(), parts, strict=True)
+        }
+        return F.mse_loss(torch.func.functional_call(model, shaped, (x,)), y)
+
+    point = flat(model.parameters()).detach()
+    hessian = torch.autograd.functional.hessian(loss, point)
+    products = torch.cat([curvature.product(row[None], "all") for row in torch.eye(len(point)).double()])
+    torch.testing.assert_close(products, hessian, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(curvature.gradient("all"), torch.autograd.functional.jacobian(loss, point))
+
+
+# --- heads -----------------------------------------------------------------------------------------------------------
+
+
+class ActorCritic(nn.Module):
+    def __init__(self, detached):
+        super().__init__()
+        self.detached = detached
+        self.a, self.policy, self.value = nn.Linear(6, 4), nn.Linear(4, 2), nn.Linear(4, 1)
+
+    def forward(self, x):
+        h = torch.tanh(self.a(x))
+        return self.policy(h), self.value(h.detach() if self.detached else h)
+
+
+def both_losses(model, batch, value=1.0):
+    scores, values = model(batch[0])
+    return F.cross_entropy(scores, (batch[1][:, 0] > 0).long()) + value * F.mse_loss(values, batch[1])
+
+
+def actor_loss(model, batch):
+    return both_losses(model, batch, 0.0)
+
+
+@pytest.mark.parametrize("moves", ["mixed", "splits", "sprouts", "certified", "even"])
+def test_a_reader_that_sees_the_layer_detached(moves):
+    _, events = trained(ActorCritic(True), both_losses, moves=moves)
+    assert events
+
+
+def test_what_reads_detached_bends_nothing():
+    torch.manual_seed(0)
+    model, batch = ActorCritic(True).double(), data(dtype=torch.float64)
+    halves = [tuple(part[:64] for part in batch), tuple(part[64:] for part in batch)]
+    seen, alone = (inner_hessian(model, "a", Probe(halves, loss)) for loss in (both_losses, actor_loss))
+    torch.testing.assert_close(seen, alone, rtol=1e-10, atol=1e-14)
+
+
+class Deep(nn.Module):
+    """A head that only training uses reads the hidden layer too, out of the loss's sight in eval mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.out, self.aux = nn.Linear(6, 4), nn.Linear(4, 4), nn.Linear(4, 1), nn.Linear(4, 1)
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        h = torch.tanh(self.a(x))
+        out = self.out(torch.tanh(self.norm(self.b(h))))
+        return out + 0.1 * self.aux(h) if self.training else out
+
+
+def test_a_head_of_training_alone_keeps_the_layer_as_wide_as_it_is():
+    torch.manual_seed(0)
+    model = Deep()
+    statistics = []
+
+    def keep(step, model):
+        statistics.append(model.norm.running_mean.clone() if step < 8 else None)
+
+    _, events = trained(model, after=keep)
+    assert "a: can be measured, cannot be widened: the forward pass does not follow its width" in events[-1].plan.reason
+    assert events[-1].widths["b"][1] > 4
+    plain = copy.deepcopy(Deep())
+    probe = Probe([data()], mse)
+    before = [value.clone() for value in plain.state_dict().values()]
+    plan_growth(plain, measure_geometry(plain, probe), probe)
+    assert all(map(torch.equal, before, plain.state_dict().values()))
+
+
+class MeanField(nn.Module):
+    def __init__(self, scaled):
+        super().__init__()
+        self.scaled, self.a, self.b = scaled, nn.Linear(6, 4), nn.Linear(4, 1)
+
+    def forward(self, x):
+        h = torch.tanh(self.a(x))
+        return self.b(h) / (h.shape[1] / 4 if self.scaled else 1)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_a_function_that_changes_with_its_width_is_left_alone(scaled):
+    torch.manual_seed(0)
+    model, probe = MeanField(scaled), Probe([data()], mse)
+    plan = plan_growth(model, {}, probe, GrowthPolicy(moves="even"))
+    assert bool(plan) != scaled
+    assert ("the loss changes from" in plan.reason) == scaled
+
+
+def test_rounding_of_a_perfect_fit_is_no_change_of_the_function():
+    torch.manual_seed(0)
+    model, (x, _) = mlp(), data()
+    probe = Probe([(x, model(x).detach() + 1e-6)], mse)
+    assert plan_growth(model, {}, probe, GrowthPolicy(moves="even")).moves
+
+
+class ByHand(nn.Module):
+    """Uses its consumer's weight without calling it."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 4), nn.Linear(4, 1)
+
+    def forward(self, x):
+        return F.linear(torch.tanh(self.a(x)), self.b.weight, self.b.bias)
+
+
+def test_a_consumer_whose_weight_is_used_by_hand_grows():
+    torch.manual_seed(0)
+    model, probe = ByHand(), Probe([data()], mse)
+    plan = plan_growth(model, measure_geometry(model, probe), probe)
+    event = grow(model, plan, probe=probe)
+    assert event.grown
+    assert event.drift <= 1e-6
+
+
+# --- gradients in the loss -------------------------------------------------------------------------------------------
+
+
+def penalised(model, batch):
+    x = batch[0].clone().requires_grad_()
+    out = model(x)
+    (slope,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+    return F.mse_loss(out, batch[1]) + 0.1 * (slope.norm(dim=1) - 1).square().mean()
+
+
+def watched(model, batch):
+    loss = mse(model, batch)
+    if loss.requires_grad:
+        model.slope = float(torch.autograd.grad(loss, model[0].weight, retain_graph=True)[0].norm())
+    return loss
+
+
+def test_layers_that_the_loss_differentiates_are_refused_with_the_reason():
+    """Their weights are read on the way back too; the inner Hessian of one forward pass has even the wrong sign."""
+    _, events = trained(mlp(), penalised)
+    layers = find_hidden_layers(mlp(), Probe([data()], penalised))
+    assert events[-1].verdict.gradient_norm > 0
+    assert not any(layer.growable or layer.measurable for layer in layers)
+    assert "differentiated within the loss (torch.autograd.grad)" in layers[0].reason
+
+
+def test_gradients_that_are_only_logged_do_no_harm():
+    _, events = trained(mlp(), watched)
+    assert events[-1].grown
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["sometimes", "arrays"])
+def test_whatever_a_loss_does_to_its_batches_the_probe_stays(kind):
+    images = [100 * torch.rand(8, 6) if i % 2 else torch.rand(8, 6) for i in range(4)]
+    batches = [{"x": x.numpy().copy() if kind == "arrays" else x.clone(), "y": x[:, :1] / 100} for x in images]
+
+    def loss_fn(model, batch):
+        x = batch["x"]
+        if kind == "arrays":
+            x *= 0.5
+        elif x.max() > 50:
+            x.div_(100)
+        return F.mse_loss(model(torch.as_tensor(x)), batch["y"])
+
+    probe = Probe(batches, loss_fn)
+    before = [torch.as_tensor(batch["x"]).clone() for batch in probe.half("all")]
+    first = [probe.loss(mlp()) for _ in range(3)]
+    assert first[0] == first[1] == first[2]
+    assert all(map(torch.equal, before, [torch.as_tensor(batch["x"]) for batch in probe.half("all")]))
+
+
+def test_a_step_that_is_left_out_for_its_loss_is_not_measured_on():
+    x, y = data()
+    x = x.clone()
+    x[20] = torch.nan  # until the step that it spoils is over
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    policy = GrowthPolicy(**(SOON | {"detector": lambda losses: True}))
+    grower = Grower(model, optimizer, mse, policy, progress=False)
+    for step in range(24):
+        rows = torch.arange(16) + 16 * ((step + 1) % 8)
+        optimizer.zero_grad()
+        loss = mse(model, (x[rows], y[rows]))
+        if loss.isfinite():
+            loss.backward()
+            optimizer.step()
+        grower.step((x[rows], y[rows]), loss)
+        x = x.nan_to_num(0)
+    assert grower.events
+
+
+def test_empty_batches_are_passed_over():
+    model = mlp()
+    grower = Grower(model, torch.optim.SGD(model.parameters(), 0.1), mse, GrowthPolicy(**SOON), progress=False)
+    (x, y) = data()
+    for rows in (0, 16, 0):
+        grower.step((x[:rows], y[:rows]), 1.0)
+    assert grower.watcher.collector.samples == 16
+
+
+# --- what is passed in -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"layers": 3}, "layers: required a list of dotted names"),
+        ({"detector": 3}, "detector: required a function that can be imported, found 3"),
+        ({"coefficients": None}, "coefficients: required"),
+        ({"coefficients": ("a", "b")}, "coefficients: required .* numbers"),
+        ({"per": ["flop"]}, "per: required"),
+    ],
+)
+def test_policies_name_the_field(settings, words):
+    with pytest.raises(SplitWatchError, match=words):
+        GrowthPolicy(**settings)
+
+
+def test_other_arguments_are_named_too():
+    model, probe = mlp(), Probe([data()], mse)
+    with pytest.raises(
+        SplitWatchError, match=r"layers: required dotted names .* hold weights, found '1'; choose from 0"
+    ):
+        Grower(model, torch.optim.SGD(model.parameters(), 0.1), mse, GrowthPolicy(layers=["1"]))
+    with pytest.raises(SplitWatchError, match=r"optimizer: required optimizers of torch\.optim, found 'net'"):
+        Grower(model, {"net": torch.optim.SGD(model.parameters(), 0.1)}, mse)
+    with pytest.raises(SplitWatchError, match=r"half: required one of fitted, held_out, all, found 'heldout'"):
+        probe.loss(model, "heldout")
+    with pytest.raises(SplitWatchError, match=r"geometry: required the measurements of some layers, found none"):
+        plan_growth(model, {}, probe)
+
+
+def test_coefficients_from_float32_sum_to_one():
+    model, probe = mlp(), Probe([data()], mse)
+    thirds = torch.full((3,), 1 / 3).tolist()
+    plan = plan_growth(model, measure_geometry(model, probe), probe, GrowthPolicy(coefficients=thirds, moves="splits"))
+    assert all(sum(move.coefficients) == pytest.approx(1, abs=1e-15) for move in plan.moves)
+    assert plan.moves
+
+
+def test_a_growth_that_fails_leaves_no_hooks_of_its_control(monkeypatch):
+    def fails(*arguments, **named):
+        raise SplitWatchError("not now")
+
+    monkeypatch.setattr("splitwatch.grower.grow", fails)
+    model, (x, y) = mlp(), data()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    grower = Grower(model, optimizer, mse, GrowthPolicy(**SOON, control=5), probe=Probe([(x, y)], mse), progress=False)
+    before = len(optimizer._optimizer_step_pre_hooks)
+    with pytest.raises(SplitWatchError, match="not now"):
+        for _ in range(12):
+            loss = mse(model, (x, y))
+            loss.backward()
+            optimizer.step()
+            grower.step((x, y), loss)
+    assert len(optimizer._optimizer_step_pre_hooks) == before
+    assert grower.control is None
