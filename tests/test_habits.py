@@ -77,7 +77,7 @@ class Adversarial(nn.Module):
         return self.out(h) + 0.1 * self.domain(Reversed.apply(h))
 
 
-@pytest.mark.parametrize("view", [torch.squeeze, torch.t, torch.flatten, lambda x: x[0], lambda x: x.view(-1)])
+@pytest.mark.parametrize("view", [torch.squeeze, torch.t, lambda x: x[0]])
 def test_views_for_a_log_change_nothing(view):
     """A view taken under no_grad says that it requires a gradient, and has no place in the graph."""
 
@@ -100,7 +100,7 @@ def test_a_reversed_gradient_grows():
 # --- layouts and numbers ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("moves", ["mixed", "sprouts", "even"])
+@pytest.mark.parametrize("moves", ["mixed", "even"])
 def test_channels_last_grows(moves):
     torch.manual_seed(0)
     convolutions = nn.Conv2d(3, 4, 3), nn.GELU(), nn.Conv2d(4, 3, 3), nn.GELU()
@@ -171,7 +171,7 @@ def actor_loss(model, batch):
     return both_losses(model, batch, 0.0)
 
 
-@pytest.mark.parametrize("moves", ["mixed", "splits", "sprouts", "certified", "even"])
+@pytest.mark.parametrize("moves", ["mixed", "certified", "even"])
 def test_a_reader_that_sees_the_layer_detached(moves):
     _, events = trained(ActorCritic(True), both_losses, moves=moves)
     assert events

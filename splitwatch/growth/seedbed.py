@@ -42,7 +42,8 @@ SMALL = 0.03
 """What counts as φ² of a neuron at least, as a share of what the largest existing one's weights make of theirs, ‖w‖².
 
 Neurons that fire on next to none of the probe would be given outgoing weights a thousand times as large as existing
-ones otherwise. Staged training ends 3 % lower with it, 10 % next to ReLU; a hundredth and a tenth gain less.
+ones otherwise. The area under the validation curve of staged training is 3 % lower with it (mean of thirteen tasks), on
+digits and a teacher of ReLU 10 %; a hundredth and a tenth gain less.
 """
 
 SEEN = 64
