@@ -112,11 +112,11 @@ def descended(land: Landscape, rate: float) -> float:
     gradient = land.gradient(point)
     for _ in range(STEPS):
         trial = point - rate * gradient
-        gradient, value = grad_and_value(land.value)(trial)
+        slope, value = grad_and_value(land.value)(trial)
         if value <= loss:
-            point, loss = trial, value
+            point, loss, gradient = trial, value, slope
         else:
-            rate, gradient = rate / 2, land.gradient(point)
+            rate /= 2
     return float(loss)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -127,3 +128,8 @@ def is_computed(module: nn.Module) -> bool:
 def is_quantised(module: nn.Module) -> bool:
     """Whether a module comes from torch's quantisation."""
     return "quantized" in type(module).__module__
+
+
+def flat(tensors: Iterable[Tensor]) -> Tensor:
+    """All numbers of some tensors in a row; complex ones are two."""
+    return torch.cat([(torch.view_as_real(t) if t.is_complex() else t).flatten() for t in tensors])

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from splitwatch.anatomy import Anatomy, plain_module
+from splitwatch.anatomy import Anatomy, flat, plain_module
 from splitwatch.batches import Batch, Cuts, Loan, batch_size, halve, mapped, shares
 from splitwatch.channels import pre_activation
 from splitwatch.grouped import by_channel
@@ -139,8 +139,7 @@ class Probe:
             with undisturbed(model), torch.enable_grad():
                 loss = self._checked(self._run(model, batch))
                 grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-                flat = [torch.view_as_real(g) if g.is_complex() else g for g in grads]
-            yield torch.cat([g.flatten() for g in flat]), batch_size(batch)
+            yield flat(grads), batch_size(batch)
 
     def outputs(self, model: nn.Module, modules: Sequence[str]) -> list[Tensor]:
         """What some modules, by dotted names, put out last on the first batch, in eval mode."""
@@ -152,11 +151,11 @@ class Probe:
         hooks = []
         try:
             hooks.extend(plain_module(model, name).register_forward_hook(partial(keep, name)) for name in modules)
-            tape = Tape()
             with undisturbed(model):
-                self._checked(self._gradless(model, self.fitted[0], tape))
-                by_hand = set(modules) - set(found)  # such as F.linear(x, module.weight)
-                found |= {name: pre_activation(Anatomy(model, tape).calls[name][-1]) for name in by_hand}
+                self._checked(self._gradless(model, self.fitted[0]))
+                if by_hand := set(modules) - set(found):  # such as F.linear(x, module.weight)
+                    calls = Anatomy(model, self.record(model, self.fitted[0])[0]).calls
+                    found |= {name: pre_activation(calls[name][-1]) for name in by_hand}
         finally:
             for hook in hooks:
                 hook.remove()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from splitwatch.anatomy import flat
 from splitwatch.batches import Batch, shares
 from splitwatch.geometry.eigen import dense_operator, extreme_eigenpairs
 from splitwatch.geometry.elementwise import CurvedOnce
@@ -195,11 +196,6 @@ def _is_cut(slopes: Iterable[Tensor]) -> bool:
             seen.add(node)
             left += [following for following, _ in node.next_functions]
     return any("autograd::Error" in node.name() for node in seen)
-
-
-def flat(tensors: Iterable[Tensor]) -> Tensor:
-    """All numbers of some tensors in a row; complex ones are two."""
-    return torch.cat([(torch.view_as_real(t) if t.is_complex() else t).flatten() for t in tensors])
 
 
 def _like(tensors: Sequence[Tensor], row: Tensor) -> list[Tensor]:

@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from splitwatch.geometry.narrow import LossCurvature, flat
+from splitwatch.anatomy import flat
+from splitwatch.geometry.narrow import LossCurvature
 from splitwatch.geometry.response import GRAPH
 from splitwatch.growth.candidates import ascend, best, candidates, select
 from splitwatch.growth.grow import widened

@@ -54,9 +54,10 @@ class Trial:
         """What goes wrong when layers have a neuron more in each of their groups, nothing where all goes well."""
         moves = [move for layer in layers for move in one_round(self.model, layer)]
         with widened(self.model, GrowthPlan(tuple(layers), tuple(moves), ""), offsets=False):
-            why = self._failed() or self._failed(training=True)
-        if why and self._failed(training=True) == why:  # whatever its width
-            why = ""
+            why = self._failed()
+            in_training = "" if why else self._failed(training=True)
+        if in_training and in_training != self._failed(training=True):  # not whatever its width
+            why = in_training
         anywhere = largest_over_ranks(float(bool(why)))  # every rank leaves the layer out, or none
         return f"the forward pass does not follow its width ({why or 'on another rank'})" if anywhere else ""
 
