@@ -536,8 +536,8 @@ def test_ascent_runs_each_place_once(monkeypatch):
         Seedbed, "_moments", lambda *arguments, **named: calls.append(1) or moments(*arguments, **named)
     )
     monkeypatch.setattr(candidates, "flattest", lambda bed, w: w)
-    pursuit.pursue(model, layer, probe, 2, max_bytes=2**28)
-    assert len(calls) == ASCENT + 2
+    pursuit.pursue(model, {layer: 2}, probe, {}, max_bytes=2**28)
+    assert len(calls) == ASCENT + 3
 
 
 @pytest.mark.parametrize(("room", "most", "asked"), [(100, 6, 1), (4, 4, 4), (0, 0, 4)])

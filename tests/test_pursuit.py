@@ -334,7 +334,7 @@ def test_the_size_of_batches_hardly_matters():
     (x, y), held_out = whole.fitted[0], whole.held_out
     small = Probe([*zip(x.split(7), y.split(7), strict=True), *held_out], mse)
     small.fitted, small.held_out = tuple(zip(x.split(7), y.split(7), strict=True)), held_out
-    chosen = [pursue(model, only(model, p, "0"), p, 3, max_bytes=BYTES).incoming for p in (whole, small)]
+    chosen = [pursue(model, {only(model, p, "0"): 3}, p, {}, max_bytes=BYTES)[0].incoming for p in (whole, small)]
     assert len(x) <= seedbed.SEEN < 2 * len(x)
     assert torch.allclose(*chosen, rtol=1e-6)
 
@@ -342,20 +342,20 @@ def test_the_size_of_batches_hardly_matters():
 def test_more_neurons_are_found_than_candidates_are_tried_beyond_them(monkeypatch):
     monkeypatch.setattr(pursuit, "MOST", 4)
     model, probe = settled(n=400)
-    assert len(pursue(model, only(model, probe, "0"), probe, 9, max_bytes=BYTES).sprouts()) > 4
+    assert len(pursue(model, {only(model, probe, "0"): 9}, probe, {}, max_bytes=BYTES)[0].sprouts()) > 4
 
 
 def test_what_new_neurons_change_in_existing_weights_takes_little_memory():
     model, probe = settled(n=400)
     layer = only(model, probe, "0")
-    for move in pursue(model, layer, probe, 2, max_bytes=BYTES).sprouts():
+    for move in pursue(model, {layer: 2}, probe, {}, max_bytes=BYTES)[0].sprouts():
         assert [factor.shape for factor in move.others] == [(layer.width, 1), (1, 1)]
         assert scale(move, 0.0).others is None
 
 
 def test_new_neurons_have_a_ridge_on_their_outgoing_weights():
     model, probe = settled(outputs=2)
-    found = pursue(model, only(model, probe, "0"), probe, 3, max_bytes=BYTES)
+    found = pursue(model, {only(model, probe, "0"): 3}, probe, {}, max_bytes=BYTES)[0]
     outgoing = torch.stack([move.outgoing for move in found.sprouts()])
     slope = found.measured.gain + (found.measured.left + RIDGE * found.measured.norm.diag()) @ outgoing
     assert torch.allclose(slope, torch.zeros_like(slope), atol=1e-12)
@@ -369,7 +369,7 @@ def test_new_neurons_have_a_ridge_on_their_outgoing_weights():
 def test_the_prediction_is_exact_for_a_linear_read_out_under_the_squared_error(outputs, wanted):
     model, probe = settled(outputs)
     layer = only(model, probe, "0")
-    moves = sized(model, [layer], pursue(model, layer, probe, wanted, max_bytes=BYTES).sprouts(), probe)
+    moves = sized(model, [layer], pursue(model, {layer: wanted}, probe, {}, max_bytes=BYTES)[0].sprouts(), probe)
     assert len(moves) == wanted
     plan = searched(model, GrowthPlan((layer,), moves, ""), probe)
     assert plan.step == 1
@@ -393,10 +393,12 @@ def test_every_layer_gets_sprouts_or_is_refused(name):
     for layer in growable(model, probe):
         if name in REFUSED:
             with pytest.raises(UnsupportedLayerError, match=REFUSED[name]):
-                pursue(model, layer, probe, 2, max_bytes=BYTES)
+                pursue(model, {layer: 2}, probe, {}, max_bytes=BYTES)
             continue
         geometry = measure_geometry(model, probe, [layer])[layer.name]
-        found = [pursue(model, layer, probe, 2, geometry, max_bytes=BYTES).sprouts() for _ in range(2)]
+        found = [
+            pursue(model, {layer: 2}, probe, {layer.name: geometry}, max_bytes=BYTES)[0].sprouts() for _ in range(2)
+        ]
         moves = sized(model, [layer], found[0], probe)
         assert 0 < len(moves) <= 2
         for first, second in zip(*found, strict=True):
@@ -504,7 +506,7 @@ def test_a_failure_in_the_middle_leaves_the_model_as_it_was(monkeypatch):
     def failing(*arguments, **options):
         raise KeyError
 
-    for place in ((Probe, "traces"), (pursuit, "ascend"), (pursuit.LossCurvature, "product"), (Probe, "losses")):
+    for place in ((Probe, "traces"), (pursuit, "ascend"), (pursuit, "lowest"), (Probe, "losses")):
         with monkeypatch.context() as patch, pytest.raises(KeyError):
             patch.setattr(*place, failing)
             plan_growth(model, geometry, probe, GrowthPolicy(moves="mixed"))

@@ -17,7 +17,7 @@ from splitwatch.growth.grow import widened
 from splitwatch.growth.mixture import counted, holds_sprouts
 from splitwatch.growth.policy import GrowthPolicy
 from splitwatch.growth.promise import Promise, promises
-from splitwatch.growth.pursuit import lowest, pursue
+from splitwatch.growth.pursuit import Seedlings, first_look, improve, lowest
 from splitwatch.growth.refine import halves, refined
 from splitwatch.growth.rounds import whole_rounds
 from splitwatch.growth.search import OFFSETS, confirmed_plan, no_room, searched, stretch
@@ -25,12 +25,14 @@ from splitwatch.growth.splits import best_splits
 from splitwatch.probe import Probe
 from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, Split, Sprout
 
-PARTS = (0.25, 0.1, 0.0)
-"""Parts of the solved outgoing weights that the held-out half chooses from.
+PARTS = (0.25, 0.1)
+"""Parts of the solved outgoing weights, the first of which that lowers the held-out loss is taken.
 
 The whole step lowers the loss most at growth and ends worse: what it brings is fitted to the weights of the moment,
 which training at a high rate leaves soon.
 """
+
+SILENT = "new neurons have no outgoing weights yet: none pay on the held-out half"
 
 KEPT = 8
 """Fewest candidates that are improved: in the middle of training twice as many gain nothing, and cost as much."""
@@ -46,30 +48,30 @@ def plan_even(
     policy: GrowthPolicy,
     layers: tuple[HiddenLayer, ...],
 ) -> GrowthPlan:
-    """New neurons by residual pursuit in every layer, with a part of their outgoing weights, which may be none.
+    """New neurons by residual pursuit, with a part of their outgoing weights.
 
-    Of the places that the held-out half confirms no new neuron for, half go to finite splits, where these pay. Layers
-    that cannot hold new neurons split their neurons along the escape direction; where that does not pay on the
-    held-out half, copies part by the smallest offset. ``geometry`` is measured for these where it is missing.
+    Where the held-out half confirms no new neuron of a layer at a first look, they are left silent and nothing more is
+    spent. Of the places that it confirms none for later on, half go to finite splits, where these pay. Layers that
+    cannot hold new neurons split their neurons along the escape direction; where that does not pay on the held-out
+    half, copies part by the smallest offset. ``geometry`` is measured for these where it is missing.
     """
     counts, ratio = _counts(model, probe, policy, layers)
     if not any(counts.values()):
         return GrowthPlan(layers, (), no_room(layers))
-    able = [layer for layer in layers if counts[layer.name] and holds_sprouts(layer)]
-    found = [
-        pursue(model, x, probe, counts[x.name], geometry.get(x.name), max_bytes=policy.max_bytes, improved=KEPT)
-        for x in able
-    ]
-    rest, room = [layer for layer in layers if layer not in able], policy.max_bytes
-    splits = [move for layer in rest for move in _splits(model, layer, geometry, probe, counts, room)]
-    parted = _parted(model, GrowthPlan(layers, tuple(splits), ""), probe)
-    told = f"every layer by the ratio {ratio:g}: "
-    promised = promises(model, layers, [move for part in found for move in part.sprouts()], probe)
-    fine = halves(model, _halves(able, promised, counts), probe, policy.max_bytes)
-    plan = refined(model, parted, fine, probe)
-    filled = Counter(move.layer for move in plan.moves[len(parted.moves) :])
-    silent = [move for part in found for move in part.silent()]
+    room = policy.max_bytes
+    able = {x: counts[x.name] for x in layers if counts[x.name] and holds_sprouts(x)}
+    splits = [move for x in layers if x not in able for move in _splits(model, x, geometry, probe, counts, room)]
+    plan = _parted(model, GrowthPlan(layers, tuple(splits), ""), probe)
+    seen = first_look(model, able, probe, geometry, max_bytes=room, improved=KEPT)
+    hopeful = {one.sprout.layer for one in _promised(model, seen, probe) if one.kept}
+    found = [improve(model, probe, part, max_bytes=room) for part in seen if part.layer.name in hopeful]
+    promised, before = _promised(model, found, probe), len(plan.moves)
+    plan = refined(model, plan, halves(model, _halves(found, promised), probe, room), probe)
+    filled = Counter(move.layer for move in plan.moves[before:])
+    fallow = [move for part in seen if part.layer.name not in hopeful for move in part.fallow()]
+    silent = [*fallow, *(move for part in found for move in part.repeats())]
     plan = _stepped(model, plan, *_beside(filled, promised, silent), probe)
+    told = f"every layer by the ratio {ratio:g}: "
     return replace(plan, reason=told + "; ".join(part for part in (counted(plan), plan.reason) if part))
 
 
@@ -86,12 +88,15 @@ def _parted(model: nn.Module, splits: GrowthPlan, probe: Probe) -> GrowthPlan:
     return replace(found, moves=least, offset=OFFSETS[0], predicted_decrease=predicted, reason=why)
 
 
-def _halves(
-    layers: Sequence[HiddenLayer], promised: Sequence[Promise], counts: Mapping[str, int]
-) -> dict[HiddenLayer, int]:
+def _promised(model: nn.Module, found: Sequence[Seedlings], probe: Probe) -> list[Promise]:
+    """What all neurons found promise."""
+    return promises(model, [part.layer for part in found], [move for part in found for move in part.sprouts()], probe)
+
+
+def _halves(found: Sequence[Seedlings], promised: Sequence[Promise]) -> dict[HiddenLayer, int]:
     """Splits for half of the places that no new neuron is confirmed for, one for a neuron."""
     confirmed = Counter(one.sprout.layer for one in promised if one.kept)
-    return {x: min(x.width, (counts[x.name] - confirmed[x.name]) // 2) for x in layers}
+    return {x.layer: min(x.layer.width, (x.wanted - confirmed[x.layer.name]) // 2) for x in found}
 
 
 def _beside(
@@ -112,40 +117,33 @@ def _beside(
 def _stepped(
     model: nn.Module, plan: GrowthPlan, promised: Sequence[Promise], rest: Sequence[Sprout], probe: Probe
 ) -> GrowthPlan:
-    """A plan with new neurons added at the part of their outgoing weights that is best on the held-out half."""
-    step = lowest(model, plan.layers, [one.sprout for one in promised if one.kept], probe)
-    promised = [one.scaled(step) for one in promised] if step else promised
+    """A plan with new neurons added, at a part of their outgoing weights that pays on the held-out half, or silent."""
+    kept = [one.sprout for one in promised if one.kept]
+    silent = replace(plan, moves=(*plan.moves, *(one.at(0.0) for one in promised), *rest))
+    if promised or rest:
+        silent = replace(silent, reason="; ".join(why for why in (plan.reason, SILENT) if why))
+    if not (kept or plan.moves):
+        return silent
+    before = {half: probe.loss(model, half) for half in ("fitted", "held_out")}
+    step = lowest(model, plan.layers, kept, probe, before["fitted"])
+    promised = [one.scaled(step) for one in promised]
 
     def at(part: float) -> GrowthPlan:
         return replace(plan, moves=(*plan.moves, *(one.at(part) for one in promised), *rest), step=part)
 
-    before = probe.loss(model, "held_out")
+    def decrease(half: str, plan: GrowthPlan) -> float:
+        with widened(model, plan):
+            loss = probe.loss(model, half, finite=False)
+        return before[half] - loss if isfinite(loss) else -inf
 
-    def after(part: float) -> float:
-        if not part and not plan.moves:
-            return before
-        with widened(model, at(part)):
-            loss = probe.loss(model, "held_out", finite=False)
-        return loss if isfinite(loss) else inf
-
-    losses = {part: after(part) for part in (PARTS if step else (0.0,))}
-    best = min(losses, key=lambda part: losses[part])
-    silent = (
-        ""
-        if best or not (promised or rest)
-        else "new neurons have no outgoing weights yet: none pay on the held-out half"
-    )
-    chosen = replace(
-        at(best),
-        reason="; ".join(part for part in (plan.reason, silent) if part),
-        held_out_decrease=before - losses[best],
-    )
-    if not best and not plan.moves:  # nothing that the network computes has changed
-        return chosen
-    with widened(model, chosen):
-        fitted = probe.loss(model, "fitted", finite=False)
+    least = decrease("held_out", silent) if plan.moves else 0.0
+    tried = ((at(part), decrease("held_out", at(part))) for part in (PARTS if step else ()))
+    chosen, falls = next((one for one in tried if one[1] > least), (silent, least))
+    if not (chosen.step or plan.moves):
+        return silent
     predicted = sum(move.predicted_decrease for move in chosen.moves)
-    return replace(chosen, predicted_decrease=predicted, fitted_decrease=probe.loss(model, "fitted") - fitted)
+    fitted = decrease("fitted", chosen)
+    return replace(chosen, predicted_decrease=predicted, fitted_decrease=fitted, held_out_decrease=falls)
 
 
 def _counts(

@@ -78,8 +78,8 @@ def _pursued(
 ) -> list[Seedlings]:
     """New neurons for every layer that can hold some, at most as many as it has."""
     most = policy.max_neurons or 0
-    able = [(layer, min(layer.width, most)) for layer in layers if most and holds_sprouts(layer)]
-    return [pursue(model, x, probe, n, geometry.get(x.name), max_bytes=policy.max_bytes) for x, n in able]
+    counts = {layer: min(layer.width, most) for layer in layers if most and holds_sprouts(layer)}
+    return pursue(model, counts, probe, geometry, max_bytes=policy.max_bytes)
 
 
 def holds_sprouts(layer: HiddenLayer) -> bool:

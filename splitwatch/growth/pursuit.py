@@ -1,8 +1,8 @@
 """Residual pursuit: new neurons whose features explain most of what the loss still wants from a layer.
 
 The outgoing weights V of those that are chosen (``candidates``) minimise g·V + ½ VᵀQV with the new features' Gram
-matrix Q and a ridge; the loss's exact second derivative along V, with what V changes in the existing weights, sets the
-length. The whole costs some tens of training steps.
+matrix Q and a ridge; a parabola along V, with what V changes in the existing weights, sets the length. A first look at
+few rows finds out which candidates are worth the rest. The whole costs some tens of training steps.
 
 Related: GradMax (Evci et al. 2022) and TINY (Verbockhaven et al. 2024) choose new neurons by the same residual, from
 what is linear in the layer's input.
@@ -10,21 +10,20 @@ what is linear in the layer's input.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
 
-from splitwatch.anatomy import flat
-from splitwatch.geometry.narrow import LossCurvature
 from splitwatch.geometry.response import GRAPH
 from splitwatch.growth.candidates import ascend, best, candidates, select
 from splitwatch.growth.grow import widened
 from splitwatch.growth.search import Candidate, scale
 from splitwatch.growth.seedbed import RIDGE, SEEN, Measured, Reader, Seedbed
 from splitwatch.precision import full_precision
-from splitwatch.probe import Probe
+from splitwatch.probe import LayerTrace, Probe
 from splitwatch.ranks import largest_over_ranks
 from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, Sprout
 
@@ -32,22 +31,25 @@ POOL, MOST = 2, 512
 """Candidates tried in a layer, relative to the neurons wanted, and the most beyond them; more gained nothing."""
 LEAST, KEPT = 32, 16
 """Fewest candidates, and fewest of them that are improved: where few neurons are wanted there has to be a choice."""
+TRIES = 5
+"""How often the length of the outgoing weights is tried: twice where the loss is a parabola along them."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Seedlings:
     """Chosen neurons of one layer, best first: incoming weights (n, d), and what was measured of them.
 
-    ``explained`` (n,) is what each adds to ‖g‖²/‖φ⊥‖²; ``readers`` are the layer's consumers, ``repeats`` (n', d)
-    neurons that the chosen ones and the layer leave nothing new of.
+    ``explained`` (n,) is what each adds to ‖g‖²/‖φ⊥‖²; ``readers`` are the layer's consumers, ``others`` (n', d) those
+    that were not chosen, because so many are not ``wanted`` or the chosen ones and the layer leave nothing new of them.
     """
 
     layer: HiddenLayer
+    wanted: int
     readers: tuple[Reader, ...]
     incoming: Tensor
     measured: Measured
     explained: Tensor
-    repeats: Tensor
+    others: Tensor
 
     def first(self, count: int) -> Seedlings:
         """The best of them."""
@@ -55,10 +57,18 @@ class Seedlings:
         some = {"incoming": self.incoming[at], "measured": self.measured.of(at), "explained": self.explained[at]}
         return replace(self, **some)
 
-    def silent(self) -> tuple[Sprout, ...]:
-        """Those that were not chosen, without outgoing weights, for who needs the whole number."""
-        still, why = torch.zeros(self.measured.gain.shape[1]), "silent: nothing new to the layer yet"
-        return tuple(Sprout(self.layer.name, w, still.to(w), 0.0, why) for w in self.repeats.cpu())
+    def repeats(self) -> tuple[Sprout, ...]:
+        """As many silent neurons of those not chosen as are missing, for who needs the whole number."""
+        return self._silent(self.others[: self.wanted - len(self.incoming)], "nothing new to the layer yet")
+
+    def fallow(self) -> tuple[Sprout, ...]:
+        """All that are wanted as silent neurons, where the held-out half confirms none."""
+        every = torch.cat([self.incoming, self.others])[: self.wanted]
+        return self._silent(every, "at a first look the held-out half confirms no new neuron of this layer")
+
+    def _silent(self, incoming: Tensor, why: str) -> tuple[Sprout, ...]:
+        still = torch.zeros(self.measured.gain.shape[1])
+        return tuple(Sprout(self.layer.name, w, still.to(w), 0.0, f"silent: {why}") for w in incoming.cpu())
 
     def sprouts(self) -> tuple[Sprout, ...]:
         """The neurons with outgoing weights −(Q + ridge)⁻¹g, up to the scale of the loss; predictions are −½ g·v."""
@@ -96,55 +106,82 @@ def rebalance(readers: Sequence[Reader], combination: Tensor, outgoing: Tensor) 
 
 def pursue(
     model: nn.Module,
-    layer: HiddenLayer,
+    counts: Mapping[HiddenLayer, int],
     probe: Probe,
-    wanted: int,
-    geometry: LayerGeometry | None = None,
+    geometry: Mapping[str, LayerGeometry],
+    *,
+    max_bytes: int,
+) -> list[Seedlings]:
+    """Search layers for new neurons, each by itself; the model and the process's RNG stay as they are.
+
+    Args:
+        model: the network.
+        counts: some of its hidden layers, and at most how many neurons for each; fewer where features repeat.
+        probe: searched on its fitted half.
+        geometry: by layer; finite steps along split directions are candidates too.
+        max_bytes: what may be kept in memory, and once more for the graph of one batch.
+
+    Returns:
+        For every layer the neurons, best first.
+
+    Raises:
+        UnsupportedLayerError: a layer cannot hold new neurons.
+    """
+    seen = first_look(model, counts, probe, geometry, max_bytes=max_bytes)
+    return [improve(model, probe, one, max_bytes=max_bytes) for one in seen]
+
+
+def first_look(
+    model: nn.Module,
+    counts: Mapping[HiddenLayer, int],
+    probe: Probe,
+    geometry: Mapping[str, LayerGeometry],
     *,
     max_bytes: int,
     improved: int = KEPT,
     seed: int = 0,
-) -> Seedlings:
-    """Search a layer for new neurons; the model and the process's RNG stay as they are.
+) -> list[Seedlings]:
+    """What ``pursue`` would find, were it to improve nothing and to look at few rows.
 
-    Args:
-        model: the network.
-        layer: one of its hidden layers.
-        probe: searched on its fitted half.
-        wanted: at most so many; fewer where features repeat.
-        geometry: of the layer; finite steps along its split directions are candidates too.
-        max_bytes: what may be kept in memory, and once more for the graph of one batch.
-        improved: so many candidates, or as many as are wanted.
-        seed: of the random candidates.
-
-    Returns:
-        The neurons, best first.
-
-    Raises:
-        UnsupportedLayerError: the layer cannot hold new neurons.
+    Of the random candidates, drawn by ``seed``, the best are kept: ``improved`` of them, or as many as are wanted.
     """
-    count = max(wanted, min(max(LEAST, POOL * wanted), MOST, max(1, _room(model, layer, probe, max_bytes))))
+    if not counts:
+        return []
     with full_precision():
-        bed = Seedbed(model, layer, probe, count, max_bytes, rows=SEEN)
-        w = best(bed, candidates(bed, geometry, seed), max(wanted, improved))
-        bed = Seedbed(model, layer, probe, len(w), max_bytes)
-        w = ascend(bed, w)
-        kept, explained = select(found := bed.measure(w), wanted)
-        others = torch.ones(len(w), dtype=torch.bool, device=w.device)
-        others[kept] = False
-    return Seedlings(layer, bed.readers, w[kept], found.of(kept), explained, w[others][: wanted - len(kept)])
+        traces, found = next(iter(probe.traces(model, [*counts], "fitted"))), []
+        for layer, wanted in counts.items():
+            room = max(1, _room(traces[layer.name], max_bytes))
+            count = max(wanted, min(max(LEAST, POOL * wanted), MOST, room))
+            bed = Seedbed(model, layer, probe, count, max_bytes, rows=SEEN)
+            w = best(bed, candidates(bed, geometry.get(layer.name), seed), max(wanted, improved))
+            found.append(_seedlings(bed, w, wanted))
+        return found
 
 
-def _room(model: nn.Module, layer: HiddenLayer, probe: Probe, max_bytes: int) -> int:
+def improve(model: nn.Module, probe: Probe, seen: Seedlings, *, max_bytes: int) -> Seedlings:
+    """The same after gradient ascent, chosen anew on the whole fitted half."""
+    w = torch.cat([seen.incoming, seen.others])
+    with full_precision():
+        bed = Seedbed(model, seen.layer, probe, len(w), max_bytes)
+        return _seedlings(bed, ascend(bed, w), seen.wanted)
+
+
+def _seedlings(bed: Seedbed, w: Tensor, wanted: int) -> Seedlings:
+    kept, explained = select(found := bed.measure(w), wanted)
+    others = torch.ones(len(w), dtype=torch.bool, device=w.device)
+    others[kept] = False
+    return Seedlings(bed.layer, wanted, bed.readers, w[kept], found.of(kept), explained, w[others])
+
+
+def _room(trace: LayerTrace, max_bytes: int) -> int:
     """How many candidates the graph of one batch may hold."""
-    trace = next(iter(probe.traces(model, [layer], "fitted")))[layer.name]
-    ends = [*trace.pre_activations(), *(consumer.input for consumer in trace.consumers)]
-    return -int(largest_over_ranks(layer.width - max_bytes * layer.width // (GRAPH * sum(x.nbytes for x in ends))))
+    ends, width = [*trace.pre_activations(), *(consumer.input for consumer in trace.consumers)], trace.layer.width
+    return -int(largest_over_ranks(width - max_bytes * width // (GRAPH * sum(x.nbytes for x in ends))))
 
 
 def sized(model: nn.Module, layers: Sequence[HiddenLayer], moves: Sequence[Sprout], probe: Probe) -> tuple[Sprout, ...]:
     """Sprouts at the ``lowest`` point; predictions are each one's share, −½ g·v, none where nothing descends."""
-    step = lowest(model, layers, moves, probe)
+    step = lowest(model, layers, moves, probe, probe.loss(model, "fitted")) if moves else 0.0
     return tuple(
         replace(
             scale(move, step),
@@ -156,38 +193,29 @@ def sized(model: nn.Module, layers: Sequence[HiddenLayer], moves: Sequence[Sprou
     )
 
 
-def lowest(model: nn.Module, layers: Sequence[HiddenLayer], moves: Sequence[Sprout], probe: Probe) -> float:
+def lowest(
+    model: nn.Module, layers: Sequence[HiddenLayer], moves: Sequence[Sprout], probe: Probe, before: float
+) -> float:
     """The step to the lowest point of the loss's parabola along sprouts' joint outgoing weights.
 
-    L(t) = L + t gᵀd + ½ t² dᵀHd on the fitted half. Where it has no lowest point (dᵀHd ≤ 0), or one lower than zero
-    for a loss that is positive, the step is bounded by a predicted decrease of |L|. Zero where the loss does not fall.
+    L(t) = L + t gᵀd + ½ t² c on the fitted half, L being the loss ``before`` and c what the loss at a point close to
+    the lowest makes it. Where there is none (c ≤ 0), or one lower than zero for a loss that is positive, the step is
+    bounded by a predicted decrease of |L|. Zero where the loss does not fall.
     """
     slope = -2 * sum(move.predicted_decrease for move in moves)
-    if not moves or not slope < 0:
-        return 0.0
-    plan = GrowthPlan(tuple(layers), tuple(moves), "")
-    bound, curvature = abs(probe.loss(model, "fitted")), _curvature(model, plan, probe)
-    step = 2 * bound / -slope
-    return min(step, -slope / curvature) if curvature > 0 else step
-
-
-def _curvature(model: nn.Module, plan: GrowthPlan, probe: Probe) -> float:
-    """Second derivative of the fitted loss along what a plan's sprouts change; zero where autograd knows none."""
-    with widened(model, plan), full_precision(model):
-        wide = _trainable(model)
-    with widened(model, plan, offsets=False), full_precision(model):
-        direction = wide - _trainable(model)
-        try:
-            product = LossCurvature(model, probe).product(direction[None].double(), "fitted")[0]
-        except RuntimeError as error:
-            if "differentiated only once" not in str(error) and "derivative" not in str(error):
-                raise
-            return 0.0
-        return float(direction.double() @ product)
-
-
-def _trainable(model: nn.Module) -> Tensor:
-    return flat(p.detach() for p in model.parameters() if p.requires_grad)
+    most = 2 * abs(before) / -slope if slope < 0 else 0.0
+    step = min(1.0, most)
+    for _ in range(TRIES if step else 0):
+        with widened(model, GrowthPlan(tuple(layers), tuple(scale(move, step) for move in moves), "")):
+            loss = probe.loss(model, "fitted", finite=False)
+        if not isfinite(loss):
+            step /= 16
+            continue
+        curvature = 2 * (loss - before - step * slope) / step**2
+        last, step = step, min(most, -slope / curvature) if curvature > 0 else most
+        if last / 2 <= step <= 2 * last:
+            break
+    return step
 
 
 def proposals(model: nn.Module, found: Sequence[Seedlings], probe: Probe) -> list[Candidate]:
