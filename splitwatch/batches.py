@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import fields, is_dataclass
+from enum import Enum
 from math import isfinite
 from typing import Any
 
@@ -48,6 +49,22 @@ def tensors(batch: Batch) -> Iterator[Tensor]:
             yield from tensors(part)
         elif isinstance(part, Tensor):
             yield part
+
+
+def kind(batch: Batch) -> Hashable:
+    """What tells batches apart that a loss may treat in ways of their own: structure, keys, strings, flags, dtypes.
+
+    Not the sizes of tensors, numbers and lists of names, which may be others in every batch.
+    """
+    if isinstance(batch, Tensor):
+        return batch.dtype, batch.ndim
+    inside = opened(batch)
+    if inside is None:
+        return batch if isinstance(batch, (str, bool, Enum)) else type(batch)
+    parts = map(kind, inside[0])
+    if isinstance(batch, list):  # of samples, as many as there are
+        return frozenset(parts) if next(tensors(batch), None) is not None else list
+    return type(batch), tuple(batch) if isinstance(batch, Mapping) else (), tuple(parts)
 
 
 def batch_size(batch: Batch) -> int:

@@ -17,6 +17,7 @@ from splitwatch import (
     plan_growth,
 )
 from splitwatch.anatomy import flat
+from splitwatch.batches import kind
 from splitwatch.geometry.narrow import LossCurvature
 
 SOON = {"window": 10, "tolerance": 1e9, "noise_ratio": 1e9, "max_events": 1, "max_overhead": None, "probe_samples": 64}
@@ -396,3 +397,66 @@ def test_a_growth_that_fails_leaves_no_hooks_of_its_control(monkeypatch):
             grower.step((x, y), loss)
     assert len(optimizer._optimizer_step_pre_hooks) == before
     assert grower.control is None
+
+
+# --- several tasks ---------------------------------------------------------------------------------------------------
+
+
+class Tasks(nn.Module):
+    """A trunk of two layers and a head for each of two tasks, one of them with a hidden layer of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5), nn.Tanh())
+        self.a = nn.Linear(5, 1)
+        self.b = nn.Sequential(nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 1))
+
+    def forward(self, x, task):
+        return getattr(self, task)(self.trunk(x))
+
+
+def task_loss(model, batch):
+    return F.mse_loss(model(batch["x"], batch["task"]), batch["y"])
+
+
+def task_batches(count):
+    torch.manual_seed(1)
+    for i in range(count):
+        x = torch.randn(16, 3)
+        yield {"task": "ab"[i % 4 // 2], "x": x, "y": x.prod(1, keepdim=True)}
+
+
+def test_layers_that_not_all_batches_use_alike_are_left_out():
+    torch.manual_seed(0)
+    model = Tasks()
+    found = {layer.name: layer for layer in find_hidden_layers(model, Probe(task_batches(8), task_loss))}
+    assert found["trunk.0"].growable
+    assert found["trunk.2"].reason.endswith("in some of them trunk.2: 5 neurons: trunk.2 → tanh → b.0")
+    assert not found["b.0"].growable
+    assert find_hidden_layers(model, Probe([*task_batches(2)], task_loss))[1].growable
+
+
+@pytest.mark.parametrize("moves", ["even", "mixed"])
+def test_several_tasks_can_be_grown_together(moves):
+    torch.manual_seed(0)
+    model, batches = Tasks(), [*task_batches(8)]
+    probe = Probe(batches, task_loss)
+    geometry = measure_geometry(model, probe)
+    assert [*geometry] == ["trunk.0"]
+    plan = plan_growth(model, geometry, probe, GrowthPolicy(moves=moves, max_ratio=2.0))
+    assert {move.layer for move in plan.moves} == {"trunk.0"}
+    grow(model, plan, probe=probe)
+    assert model.trunk[0].out_features > 4
+    assert all(task_loss(model, batch).isfinite() for batch in batches)
+
+
+def test_kinds_of_batches_are_told_apart_by_what_a_loss_may_choose_by():
+    x = torch.zeros(2, 3)
+    same = [(x, x[:1]), (x.new_ones(7, 4), x)], [{"x": x, "n": 3, "id": ["p"]}, {"x": x, "n": 4, "id": ["q", "r"]}]
+    for first, second in same:
+        assert kind(first) == kind(second)
+    unlike = [(x, x), (x, x.long())], [{"x": x}, {"y": x}], [("a", x), ("b", x)], [(x, True), (x, False)], [x, x[0]]
+    for first, second in unlike:
+        assert kind(first) != kind(second)
+    boxes = [[{"box": x}], [{"box": x}, {"box": x[:1]}]]
+    assert kind(boxes[0]) == kind(boxes[1])
