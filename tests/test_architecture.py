@@ -27,6 +27,7 @@ ROOMS = (
     "anatomy",
     "channels",
     "handlers",
+    "discovery",
     "layers",
     "probe",
     "collect",

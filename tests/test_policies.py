@@ -1,10 +1,12 @@
 """What growth consists of under each policy, against dense Hessians, brute search and counts by hand."""
 
 import copy
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_growth import dense_hessian, growable, inner_spectra, mse, scalar_net
 from test_growth import split as split_at_zero
 from test_pursuit import deep, settled
@@ -24,10 +26,10 @@ from splitwatch import (
     plan_growth,
 )
 from splitwatch.geometry.weights import neuron_weights
-from splitwatch.growth import candidates, cost, pursuit, search
+from splitwatch.growth import candidates, cost, even, pursuit, search
 from splitwatch.growth.candidates import ASCENT
 from splitwatch.growth.cost import duplicate, prices
-from splitwatch.growth.even import PARTS, _counts, _splits
+from splitwatch.growth.even import SILENT, _counts, _splits
 from splitwatch.growth.grow import count_parameters, widened
 from splitwatch.growth.plan import split_candidates
 from splitwatch.growth.policy import MOVES
@@ -268,16 +270,40 @@ def test_even_needs_no_geometry(name):
     assert grow(model, plan, probe=probe).widths == {x.name: (x.width, 2 * x.width) for x in growing}
 
 
-def test_even_takes_the_part_of_the_solved_step_that_the_held_out_half_prefers():
+@pytest.mark.parametrize(("parts", "taken"), [((0.25, 0.1), 0.25), ((30.0, 0.25), 0.25), ((30.0, 20.0), 0.0)])
+def test_even_takes_the_first_part_of_the_solved_step_that_lowers_the_held_out_loss(monkeypatch, parts, taken):
+    monkeypatch.setattr(even, "PARTS", parts)
     model, probe = settled(n=400)
+    before = probe.loss(model, "held_out")
     plan = plan_growth(model, {}, probe, GrowthPolicy(moves="even"))
-    assert plan.step in PARTS
-    assert plan.step
-    losses = {}
-    for part in PARTS:
-        with widened(model, replace(plan, moves=tuple(search.scale(move, part / plan.step) for move in plan.moves))):
-            losses[part] = probe.loss(model, "held_out")
-    assert plan.step == min(losses, key=lambda part: losses[part])
+    assert plan.step == taken
+    with widened(model, plan):
+        assert before - probe.loss(model, "held_out") == pytest.approx(plan.held_out_decrease, rel=1e-9)
+    assert (plan.held_out_decrease > 0) == (SILENT not in plan.reason) == bool(taken)
+
+
+def test_nothing_more_is_spent_where_a_first_look_confirms_no_new_neuron(monkeypatch):
+    """Of two layers, one feeds a consumer whose loss is noise: only the other is searched on."""
+    torch.manual_seed(0)
+    model = nn.ModuleList(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double() for _ in range(2))
+    x = torch.randn(2000, 3, dtype=torch.float64)
+    data = x, x[:, :1] * x[:, 1:2], torch.randn(2000, 1, dtype=torch.float64)
+    probe = Probe(zip(*(part.split(500) for part in data), strict=True), two_losses)
+    improved, improve = [], even.improve
+    monkeypatch.setattr(even, "improve", lambda *args, **named: improved.append(args[2]) or improve(*args, **named))
+    plan = plan_growth(model, {}, probe, GrowthPolicy(moves="even"))
+    assert [seen.layer.name for seen in improved] == ["0.0"]
+    assert Counter(move.layer for move in plan.moves) == {"0.0": 4, "1.0": 4}
+    assert plan.held_out_decrease > 0
+    for move in plan.moves:
+        if move.layer == "1.0":
+            assert not move.outgoing.any()
+            assert "at a first look the held-out half confirms no new neuron" in move.reason
+
+
+def two_losses(model, batch):
+    x, *targets = batch
+    return sum(F.mse_loss(part(x), y) for part, y in zip(model, targets, strict=True))
 
 
 def test_even_has_a_plan_where_nothing_is_to_be_gained():

@@ -26,7 +26,7 @@ from splitwatch.growth.candidates import (
 )
 from splitwatch.growth.cost import duplicate
 from splitwatch.growth.grow import count_parameters, widened
-from splitwatch.growth.pursuit import pursue, rebalance, sized
+from splitwatch.growth.pursuit import lowest, pursue, rebalance, sized
 from splitwatch.growth.search import scale, searched
 from splitwatch.growth.seedbed import RIDGE, SMALL, THRESHOLD, Seedbed
 from splitwatch.records import GrowthPlan, Split, Sprout, UnsupportedLayerError
@@ -384,6 +384,34 @@ def test_the_prediction_is_exact_for_a_linear_read_out_under_the_squared_error(o
     possible = probe.loss(model, "fitted") - best
     assert plan.fitted_decrease <= possible * (1 + 1e-9)
     assert wanted > 1 or plan.fitted_decrease == pytest.approx(possible, rel=1e-6)  # of one, the length is searched
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1e6])
+def test_new_neurons_do_not_depend_on_the_scale_of_the_loss(factor):
+    model, plain = settled(outputs=2)
+    layer = only(model, plain, "0")
+    scaled = Probe([*plain.fitted, *plain.held_out], lambda model, batch: factor * mse(model, batch))
+    moves, others = (
+        sized(model, [layer], pursue(model, {layer: 3}, p, {}, max_bytes=BYTES)[0].sprouts(), p)
+        for p in (plain, scaled)
+    )
+    for one, other in zip(moves, others, strict=True):
+        assert torch.allclose(one.outgoing, other.outgoing, rtol=1e-6)
+        assert other.predicted_decrease == pytest.approx(factor * one.predicted_decrease, rel=1e-6)
+
+
+def test_the_length_of_outgoing_weights_is_found_beside_infinite_losses():
+    model, plain = settled(outputs=2)
+    layer, start = only(model, plain, "0"), plain.loss(model, "fitted")
+    bounded = Probe(
+        [*plain.fitted, *plain.held_out], lambda *args: torch.where((loss := mse(*args)) > 9 * start, torch.inf, loss)
+    )
+    moves = pursue(model, {layer: 3}, plain, {}, max_bytes=BYTES)[0].sprouts()
+    far = [replace(scale(move, 50), predicted_decrease=50 * move.predicted_decrease) for move in moves]
+    with widened(model, GrowthPlan((layer,), tuple(far), "")):
+        assert bounded.loss(model, "fitted", finite=False) == torch.inf
+    steps = [lowest(model, [layer], far, probe, start) for probe in (plain, bounded)]
+    assert steps[1] == pytest.approx(steps[0], rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ZOO)
