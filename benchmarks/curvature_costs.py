@@ -13,7 +13,7 @@ from curvature_solve import TOLERANCE, Layers, both_ends, escape_ends
 from scipy.sparse.linalg import LinearOperator, eigsh
 
 from splitwatch.geometry.curvature import LayerCurvature
-from splitwatch.probe import LayerTrace
+from splitwatch.trace import LayerTrace
 
 STEPS = "steps"
 

@@ -27,8 +27,8 @@ from splitwatch.geometry.sweep import Sweep
 from splitwatch.geometry.weights import neuron_weights
 from splitwatch.growth.grow import widened
 from splitwatch.linear_map import LinearMap
-from splitwatch.probe import LayerTrace
 from splitwatch.records import GrowthPlan, HiddenLayer, Split, Sprout
+from splitwatch.trace import LayerTrace
 
 KINK = 1e-3
 """How far from zero GradMax's neurons start where ReLU has its kink, relative to existing incoming weights."""

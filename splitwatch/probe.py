@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from math import isfinite
 from typing import Any
@@ -19,41 +18,15 @@ from torch import Tensor, nn
 from splitwatch.anatomy import Anatomy, flat, plain_module
 from splitwatch.batches import Batch, Cuts, Loan, batch_size, halve, mapped, shares
 from splitwatch.channels import pre_activation
-from splitwatch.grouped import by_channel
-from splitwatch.linear_map import LinearMap
 from splitwatch.precision import Uncast, upcast
 from splitwatch.ranks import share_of, summed_number
 from splitwatch.recompute import straight_through
 from splitwatch.records import HiddenLayer, SplitWatchError
-from splitwatch.tape import Footprint, Path, Tape
+from splitwatch.tape import Footprint, Tape
+from splitwatch.trace import LayerTrace, trace
 from splitwatch.undisturbed import undisturbed
 
 LossFunction = Callable[[nn.Module, Batch], Tensor]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class LayerTrace:
-    """What one hidden layer sees on one batch: the per-neuron pieces of the loss with everything downstream frozen.
-
-    ``producers`` and ``consumers`` are linear maps at the inputs they saw, ``weights`` and ``biases`` the producers'
-    parameters, ``readers`` the consumers' weights by input channel, ``signals`` the gradients of the batch's mean loss
-    in the consumers' outputs. ``share`` is the batch's share of its half's samples.
-    """
-
-    layer: HiddenLayer
-    producers: tuple[LinearMap, ...]
-    weights: tuple[Tensor, ...]
-    biases: tuple[Tensor | None, ...]
-    path: Path
-    consumers: tuple[LinearMap, ...]
-    readers: tuple[Tensor, ...]
-    signals: tuple[Tensor, ...]
-    size: int
-    share: float
-
-    def pre_activations(self) -> tuple[Tensor, ...]:
-        """The producers' outputs."""
-        return tuple(p(w, b) for p, w, b in zip(self.producers, self.weights, self.biases, strict=True))
 
 
 class Probe:
@@ -133,11 +106,14 @@ class Probe:
 
         Yields:
             One pair (gradient, size) after the other.
+
+        Raises:
+            SplitWatchError: as for ``record``.
         """
         parameters = [p for p in model.parameters() if p.requires_grad]
         for batch in self._pieces(model, "all", -(-at_least // len(self.half("all")))):
             with undisturbed(model), torch.enable_grad():
-                loss = self._checked(self._run(model, batch))
+                loss = self._with_graph(self._run(model, batch))
                 grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
             yield flat(grads), batch_size(batch)
 
@@ -169,18 +145,10 @@ class Probe:
         Raises:
             SplitWatchError: the loss is not a finite scalar, or depends on no parameter; or inference mode is on.
         """
-        if torch.is_inference_mode_enabled():
-            raise SplitWatchError("probe: required autograd, found torch.inference_mode(); measure outside of it")
         tape = Tape()
         with undisturbed(model), torch.enable_grad(), tape:
             loss = self._run(model, batch)
-        loss = self._checked(loss)
-        if not loss.requires_grad:
-            raise SplitWatchError(
-                "loss_fn: required a loss that depends on the model's parameters, found a constant; "
-                "do not detach it and do not compute it under no_grad"
-            )
-        return tape, loss
+        return tape, self._with_graph(loss)
 
     def capture(self, model: nn.Module, layers: Sequence[HiddenLayer], half: str) -> dict[str, list[LayerTrace]]:
         """What every layer sees on every batch of a half.
@@ -190,8 +158,8 @@ class Probe:
         """
         traces: dict[str, list[LayerTrace]] = {layer.name: [] for layer in layers}
         for found in self.traces(model, layers, half):
-            for name, trace in found.items():
-                traces[name].append(trace)
+            for name, one in found.items():
+                traces[name].append(one)
         return traces
 
     def traces(
@@ -215,7 +183,7 @@ class Probe:
         with undisturbed(model):
             tape, loss = self.record(model, batch)
             anatomy = Anatomy(model, tape)
-            return {layer.name: _trace(anatomy, layer, loss, batch_size(batch), share) for layer in layers}
+            return {layer.name: trace(anatomy, layer, loss, batch_size(batch), share) for layer in layers}
 
     def _gradless(self, model: nn.Module, batch: Batch, seen: AbstractContextManager[Any] | None = None) -> Any:
         """What the loss function returns, without a graph unless it takes gradients itself, as penalties on them do."""
@@ -235,6 +203,19 @@ class Probe:
         loan = next((loan for known, loan in self._loans if known is batch), Loan())  # of a piece: copies
         with loan.of(batch) as lent, Uncast(), straight_through():
             return self.loss_fn(model, mapped(upcast, lent))
+
+    @classmethod
+    def _with_graph(cls, loss: Any) -> Tensor:
+        """A loss that can be differentiated."""
+        if torch.is_inference_mode_enabled():
+            raise SplitWatchError("probe: required autograd, found torch.inference_mode(); measure outside of it")
+        loss = cls._checked(loss)
+        if not loss.requires_grad:
+            raise SplitWatchError(
+                "loss_fn: required a loss that depends on the model's parameters, found a constant; "
+                "do not detach it and do not compute it under no_grad"
+            )
+        return loss
 
     @classmethod
     def _checked(cls, loss: Any) -> Tensor:
@@ -258,42 +239,3 @@ class Probe:
                 "are not finite either, look for overflow or a division by zero in the model or the data"
             )
         return loss
-
-
-def _trace(anatomy: Anatomy, layer: HiddenLayer, loss: Tensor, size: int, share: float) -> LayerTrace:
-    missing = [name for name in layer.producers if not anatomy.calls.get(name)]
-    if missing:
-        raise SplitWatchError(f"loss_fn: required a loss that uses layer {layer.name}, found none of {missing} in it")
-    where, _ = anatomy.slice([anatomy.calls[name][0] for name in layer.producers])
-    signals = _signals(anatomy.tape, [call.output for call in where.consumers], loss)
-    if all(signal is None for signal in signals):
-        raise SplitWatchError(
-            f"loss_fn: the loss does not depend on layer {layer.name}; "
-            "leave it out of layers, or check that nothing between the layer and the loss is detached"
-        )
-    return LayerTrace(
-        layer=layer,
-        producers=tuple(LinearMap.of(call) for call in where.producers),
-        weights=tuple(call.weight.detach() for call in where.producers),
-        biases=tuple(_detached(call.arguments["bias"]) for call in where.producers),
-        path=Path(anatomy.tape, where.path, where.starts, where.ends),
-        consumers=tuple(LinearMap.of(call) for call in where.consumers),
-        readers=tuple(by_channel(call.weight.detach(), call.groups) for call in where.consumers),
-        signals=tuple(
-            torch.zeros_like(anatomy.tape.tensors[call.output]) if signal is None else signal.detach()
-            for call, signal in zip(where.consumers, signals, strict=True)
-        ),
-        size=size,
-        share=share,
-    )
-
-
-def _signals(tape: Tape, outputs: Sequence[int], loss: Tensor) -> list[Tensor | None]:
-    """Gradients of the loss in values of the tape as they were first put out; None for those it does not depend on."""
-    edges = {value: tape.edges[value] for value in outputs if value in tape.edges}
-    gradients = torch.autograd.grad([loss], list(edges.values()), retain_graph=True, allow_unused=True)
-    return [dict(zip(edges, gradients, strict=True)).get(value) for value in outputs]
-
-
-def _detached(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach()

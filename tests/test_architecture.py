@@ -29,6 +29,7 @@ ROOMS = (
     "handlers",
     "discovery",
     "layers",
+    "trace",
     "probe",
     "collect",
     "watch geometry",

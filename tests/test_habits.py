@@ -460,3 +460,21 @@ def test_kinds_of_batches_are_told_apart_by_what_a_loss_may_choose_by():
         assert kind(first) != kind(second)
     boxes = [[{"box": x}], [{"box": x}, {"box": x[:1]}]]
     assert kind(boxes[0]) == kind(boxes[1])
+
+
+@pytest.mark.parametrize(("first", "name"), [("a", "trunk.2"), ("b", "trunk.2"), ("b", "b.0")])
+def test_tasks_that_no_batch_tells_of_are_asked_for(first, name):
+    def loss(model, batch):
+        return task_loss(model, batch | {"task": "ab"[int(batch["task"])]})
+
+    batches = [batch | {"task": torch.tensor((batch["task"] == "a") == (first == "b"))} for batch in task_batches(8)]
+    with pytest.raises(SplitWatchError, match=rf"layer {name} alike, .* by a string or by their keys"):
+        measure_geometry(Tasks(), Probe(batches, loss), [name])
+
+
+def test_a_gradient_under_inference_mode_is_refused():
+    model, probe = mlp(), Probe([data()], mse)
+    with torch.inference_mode(), pytest.raises(SplitWatchError, match=r"found torch\.inference_mode"):
+        next(probe.gradients(model))
+    with pytest.raises(SplitWatchError, match="found a constant"):
+        next(Probe([data()], lambda *args: mse(*args).detach()).gradients(model))

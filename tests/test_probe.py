@@ -324,7 +324,7 @@ def test_a_layer_that_only_some_batches_use():
     refused(
         model,
         Probe(data(4, 5), loss),
-        "loss_fn: required a loss that uses layer other.0",
+        "loss_fn: required losses that use layer other.0 alike",
         action=lambda m, p: measure_geometry(m, p, layers=["other.0"]),
     )
 

@@ -23,9 +23,9 @@ from torch import Tensor
 from splitwatch.geometry.ends import channels, incoming_sizes, lift, outgoing_gradient, producer_seats, reader_seats
 from splitwatch.geometry.response import Pattern, Response
 from splitwatch.geometry.weights import insert_columns, outgoing_weights
-from splitwatch.probe import LayerTrace
 from splitwatch.ranks import summed
 from splitwatch.records import HiddenLayer
+from splitwatch.trace import LayerTrace
 
 
 class InnerCurvature:

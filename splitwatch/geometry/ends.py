@@ -10,8 +10,8 @@ from torch import Tensor
 from splitwatch.geometry.weights import extract_columns
 from splitwatch.grouped import Seats
 from splitwatch.linear_map import LinearMap
-from splitwatch.probe import LayerTrace
 from splitwatch.records import Consumer
+from splitwatch.trace import LayerTrace
 
 
 def channels(trace: LayerTrace, h: Sequence[Tensor], first: int, count: int) -> list[Tensor]:

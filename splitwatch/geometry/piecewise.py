@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from splitwatch.geometry.weights import incoming_weights, outgoing_weights
 from splitwatch.layers import find_hidden_layers, select_layers
 from splitwatch.precision import in_full_precision
-from splitwatch.probe import LayerTrace, Probe
+from splitwatch.probe import Probe
 from splitwatch.records import HiddenLayer, SplitWatchError, UnsupportedLayerError
+from splitwatch.trace import LayerTrace
 
 
 @dataclass(frozen=True, slots=True, eq=False)

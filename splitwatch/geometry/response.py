@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from splitwatch.probe import LayerTrace
+from splitwatch.trace import LayerTrace
 
 Blocks = tuple[tuple[Tensor | None, ...], ...]
 

@@ -10,9 +10,10 @@ from torch import nn
 
 from splitwatch.geometry.curvature import InnerCurvature, LayerCurvature
 from splitwatch.geometry.response import Pattern
-from splitwatch.probe import LayerTrace, Probe
+from splitwatch.probe import Probe
 from splitwatch.ranks import largest_over_ranks, share_of
 from splitwatch.records import HiddenLayer
+from splitwatch.trace import LayerTrace
 
 MAX_BYTES = 2**31
 """Default bound on what a measurement keeps in memory beside the model's own forward and backward pass."""

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from splitwatch.geometry.ends import channels, outgoing_gradient
 from splitwatch.growth.grow import widened
 from splitwatch.growth.search import scale
-from splitwatch.probe import LayerTrace, Probe
+from splitwatch.probe import Probe
 from splitwatch.ranks import mean_with_error, share_of, summed_number
 from splitwatch.records import GrowthPlan, HiddenLayer, Sprout
+from splitwatch.trace import LayerTrace
 
 PARTS = 8
 """Parts of the held-out half that the standard error is taken over, at least."""

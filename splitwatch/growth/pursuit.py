@@ -23,9 +23,10 @@ from splitwatch.growth.grow import widened
 from splitwatch.growth.search import Candidate, scale
 from splitwatch.growth.seedbed import RIDGE, SEEN, Measured, Reader, Seedbed
 from splitwatch.precision import full_precision
-from splitwatch.probe import LayerTrace, Probe
+from splitwatch.probe import Probe
 from splitwatch.ranks import largest_over_ranks
 from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, Sprout
+from splitwatch.trace import LayerTrace
 
 POOL, MOST = 2, 512
 """Candidates tried in a layer, relative to the neurons wanted, and the most beyond them; more gained nothing."""

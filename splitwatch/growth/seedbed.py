@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from splitwatch.geometry.ends import channels, lift, outgoing_gradient
 from splitwatch.geometry.weights import neuron_weights
 from splitwatch.growth.grow import widened
-from splitwatch.probe import LayerTrace, Probe
+from splitwatch.probe import Probe
 from splitwatch.ranks import everywhere, is_first, summed, summed_number
 from splitwatch.records import GrowthPlan, HiddenLayer, Sprout
+from splitwatch.trace import LayerTrace
 
 RESOLUTION = 1e-6
 """Eigenvalues of the existing features' correlations that count as zero, relative to the largest."""
