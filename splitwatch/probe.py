@@ -50,6 +50,7 @@ class Probe:
         self.fitted: tuple[Batch, ...] = tuple(batches[::2])
         self.held_out: tuple[Batch, ...] = tuple(batches[1::2])
         self.loss_fn = loss_fn
+        self._takes_gradients = False  # as far as is known
         self._loans, self._cuts = [(batch, Loan()) for batch in self.half("all")], Cuts()
 
     def half(self, name: str) -> tuple[Batch, ...]:
@@ -187,15 +188,14 @@ class Probe:
 
     def _gradless(self, model: nn.Module, batch: Batch, seen: AbstractContextManager[Any] | None = None) -> Any:
         """What the loss function returns, without a graph unless it takes gradients itself, as penalties on them do."""
-        seen = seen or nullcontext()
         try:
-            with torch.no_grad(), seen:
-                return self._run(model, batch)
+            with torch.set_grad_enabled(self._takes_gradients), seen or nullcontext():
+                loss = self._run(model, batch)
         except RuntimeError as error:
-            if "does not require grad" not in str(error):
+            if self._takes_gradients or "does not require grad" not in str(error):
                 raise
-        with torch.enable_grad(), seen:
-            loss = self._run(model, batch)
+            self._takes_gradients = True
+            return self._gradless(model, batch, seen)
         return loss.detach() if isinstance(loss, Tensor) else loss
 
     def _run(self, model: nn.Module, batch: Batch) -> Any:

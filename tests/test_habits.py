@@ -478,3 +478,18 @@ def test_a_gradient_under_inference_mode_is_refused():
         next(probe.gradients(model))
     with pytest.raises(SplitWatchError, match="found a constant"):
         next(Probe([data()], lambda *args: mse(*args).detach()).gradients(model))
+
+
+def test_a_loss_that_takes_gradients_is_tried_without_a_graph_once():
+    modes = []
+
+    def penalised(model, batch):
+        modes.append(torch.is_grad_enabled())
+        x = batch[0].clone().requires_grad_()
+        (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        return mse(model, batch) + slope.square().mean()
+
+    model, (x, y) = mlp(), data()
+    probe = Probe([(x[:64], y[:64]), (x[64:], y[64:])], penalised)
+    assert probe.loss(model) == probe.loss(model)
+    assert modes == [False, True, True, True, True]
