@@ -140,11 +140,10 @@ def first_look(
     *,
     max_bytes: int,
     improved: int = KEPT,
-    seed: int = 0,
 ) -> list[Seedlings]:
     """What ``pursue`` would find, were it to improve nothing and to look at few rows.
 
-    Of the random candidates, drawn by ``seed``, the best are kept: ``improved`` of them, or as many as are wanted.
+    Of the candidates ``improved`` are kept, or as many as are wanted.
     """
     if not counts:
         return []
@@ -154,7 +153,7 @@ def first_look(
             room = max(1, _room(traces[layer.name], max_bytes))
             count = max(wanted, min(max(LEAST, POOL * wanted), MOST, room))
             bed = Seedbed(model, layer, probe, count, max_bytes, rows=SEEN)
-            w = best(bed, candidates(bed, geometry.get(layer.name), seed), max(wanted, improved))
+            w = best(bed, candidates(bed, geometry.get(layer.name), seed=0), max(wanted, improved))
             found.append(_seedlings(bed, w, wanted))
         return found
 
