@@ -131,5 +131,6 @@ def is_quantised(module: nn.Module) -> bool:
 
 
 def flat(tensors: Iterable[Tensor]) -> Tensor:
-    """All numbers of some tensors in a row; complex ones are two."""
-    return torch.cat([(torch.view_as_real(t) if t.is_complex() else t).flatten() for t in tensors])
+    """All numbers of some tensors in a row; complex ones are two, sparse ones (gradients of embeddings) have zeros."""
+    dense = (t if t.layout is torch.strided else t.to_dense() for t in tensors)
+    return torch.cat([(torch.view_as_real(t) if t.is_complex() else t).flatten() for t in dense])

@@ -120,19 +120,29 @@ class Cuts:
     def pieces(
         self, batches: Sequence[Batch], parts: int, losses: Callable[[Sequence[Batch]], list[float]]
     ) -> list[Batch]:
-        """Every batch cut into parts, as far as its samples allow.
+        """Every batch cut into parts of two samples or more.
 
-        One stays whole where that makes its loss finite: a mean over valid targets is nan where a part has none.
+        One stays whole where its parts have no finite losses and it has: a mean over valid targets is nan where a part
+        has none, pairs may be torn apart, and what a model carries over from batch to batch may be of another size.
         """
         found: list[Batch] = []
         for batch in batches:
-            pieces, key = cut(batch, parts), (id(batch), parts)
+            pieces, key = cut(batch, min(parts, max(batch_size(batch) // 2, 1))), (id(batch), parts)
             if len(pieces) > 1 and key not in self._known:
-                finite = all(map(isfinite, losses(pieces)))
+                finite = self._finite(losses, pieces)
                 if finite or isfinite(losses([batch])[0]):
                     self._known[key] = finite
             found += pieces if self._known.get(key, True) else [batch]
         return found
+
+    @staticmethod
+    def _finite(losses: Callable[[Sequence[Batch]], list[float]], pieces: Sequence[Batch]) -> bool:
+        try:
+            return all(map(isfinite, losses(pieces)))
+        except (torch.OutOfMemoryError, MemoryError):  # says nothing about samples
+            raise
+        except Exception:
+            return False
 
 
 class Loan:
@@ -143,6 +153,11 @@ class Loan:
 
     def __init__(self) -> None:
         self._copies, self._known = True, False
+
+    @property
+    def returned(self) -> bool:
+        """Whether a loss was computed of it before."""
+        return self._known
 
     @contextmanager
     def of(self, batch: Batch) -> Iterator[Batch]:

@@ -74,7 +74,8 @@ class ProbeCollector:
         if rows:
             self._prints.append([prints[i] for i in rows])
             self._seen.update(self._prints[-1])
-            self.batches.append(mapped(_kept, select_samples(batch, torch.tensor(rows))))
+            new = batch if len(rows) == len(prints) else select_samples(batch, torch.tensor(rows))
+            self.batches.append(mapped(_kept, new))
         enough = self.samples >= self.target and len(self.batches) >= 2
         self.ready = enough or (self.samples >= 2 and self._news < 0.1)  # of a single batch both halves are made
 

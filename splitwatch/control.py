@@ -70,10 +70,19 @@ class Control:
         with self._own_random_numbers(), torch.enable_grad():
             self.model.zero_grad(set_to_none=True)
             own = self.loss_fn(self.model, batch)
+            if not self.losses:
+                self._check_own(own)
             own.backward()
             for optimizer in self.optimizers:
                 optimizer.step()
         self.losses.append((torch.as_tensor(loss).detach().double().cpu(), own.detach().double().cpu()))
+
+    def _check_own(self, loss: Tensor) -> None:
+        """Refuse a loss of another model than the one that it is given: its gradients would be the live network's."""
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        if all(gradient is None for gradient in gradients):
+            raise ValueError("loss_fn has to use the model that it is given, not one that it knows")
 
     def follow(self, batch: Batch, loss: Tensor | float) -> bool:
         """A step; False, with a warning, where it fails, as after parameter groups were added to a live optimizer."""

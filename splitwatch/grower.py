@@ -27,7 +27,7 @@ from splitwatch.growth.shards import check_shards, whole
 from splitwatch.layers import check_names, find_hidden_layers, select_layers
 from splitwatch.probe import LossFunction, Probe
 from splitwatch.ranks import is_first
-from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry
+from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, UnfitPlanError
 from splitwatch.rewarm import Rewarm
 from splitwatch.watch.stationarity import as_now
 from splitwatch.watcher import Watcher
@@ -252,6 +252,10 @@ class Grower:
                 with stages("growth"):
                     parts = outcomes(self.model, plan, probe, geometry)
                     event = replace(grow(self.model, plan, self.optimizers, probe=probe), outcomes=parts)
+            except UnfitPlanError as error:
+                self._drop_control()
+                _logger.warning("not grown: %s", error)
+                return not_grown(self.model, replace(plan, moves=(), reason=f"not grown: {error}"))
             except BaseException:
                 self._drop_control()
                 raise

@@ -26,6 +26,13 @@ from splitwatch.tape import Footprint, Tape
 from splitwatch.trace import LayerTrace, trace
 from splitwatch.undisturbed import undisturbed
 
+WHOLE = (
+    "splitwatch computed the loss of a batch of its probe, which may hold only some of the samples of a batch of yours; "
+    "where the loss needs batches as they are (pairs, graphs, a carried state), pass probe=Probe(batches, loss_fn) of "
+    "two or more batches that it takes"
+)
+"""What to do where a loss is computed of batches of training, but not of the probe's."""
+
 LossFunction = Callable[[nn.Module, Batch], Tensor]
 
 
@@ -200,9 +207,14 @@ class Probe:
 
     def _run(self, model: nn.Module, batch: Batch) -> Any:
         """What the loss function returns; half precision is float32 in it, and what checkpoints would drop is kept."""
-        loan = next((loan for known, loan in self._loans if known is batch), Loan())  # of a piece: copies
-        with loan.of(batch) as lent, Uncast(), straight_through():
-            return self.loss_fn(model, mapped(upcast, lent))
+        loan = next((loan for known, loan in self._loans if known is batch), None)  # none of a piece: copies
+        try:
+            with (loan or Loan()).of(batch) as lent, Uncast(), straight_through():
+                return self.loss_fn(model, mapped(upcast, lent))
+        except Exception as error:
+            if loan is not None and not loan.returned:
+                getattr(error, "add_note", str)(WHOLE)  # since Python 3.11
+            raise
 
     @classmethod
     def _with_graph(cls, loss: Any) -> Tensor:

@@ -22,6 +22,10 @@ class UnsupportedLayerError(SplitWatchError):
     """A layer that cannot be widened, with the reason."""
 
 
+class UnfitPlanError(SplitWatchError):
+    """A plan that the network does not follow: its code fails or its function changes; it was left as it was."""
+
+
 def table(title: str, rows: Mapping[str, object]) -> str:
     """A title and named values below it, for people."""
     width = max(map(len, rows), default=0)
@@ -69,6 +73,11 @@ class HiddenLayer:
     def measurable(self) -> bool:
         """Whether the layer's geometry can be measured, which some layers allow that cannot be widened."""
         return bool(self.consumers)
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether a depthwise convolution stands on the path, which has a kernel for every neuron."""
+        return any("conv" in operation.partition(" (")[0] for operation in self.operations)
 
     def group(self, neuron: int) -> int:
         """The group that a neuron stands in."""

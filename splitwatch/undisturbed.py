@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from operator import is_
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy
 import torch
@@ -29,6 +31,17 @@ _COPIES: dict[type, Callable[[Any], Any]] = {
 """How to copy containers that can be filled again, by their exact type: others may do more than hold."""
 
 
+@dataclass(slots=True, eq=False)
+class _Written:
+    """A module's parameters that a run was seen to write to, ``known`` after the first one."""
+
+    names: set[str] = field(default_factory=set)
+    known: bool = False
+
+
+_WRITTEN: WeakKeyDictionary[nn.Module, _Written] = WeakKeyDictionary()
+
+
 @contextmanager
 def undisturbed(model: nn.Module, *, training: bool = False) -> Iterator[None]:
     """Eval mode, full precision and nothing compiled inside; everything outside is as before, to the bit.
@@ -36,15 +49,17 @@ def undisturbed(model: nn.Module, *, training: bool = False) -> Iterator[None]:
     With ``training`` modules stay in the modes that they are in, but for those that count batches: BatchNorm's running
     statistics change without a trace in their versions.
 
-    RNG states (of torch, Python and NumPy), modes, precision flags, buffers and whatever else modules hold as
-    attributes are put back: counters, lists, dicts, tensors, metric states. Objects of other classes stay the objects
-    they are; what a run does inside of them stays done.
+    RNG states (of torch, Python and NumPy, and generators that modules hold), modes, precision flags, buffers,
+    parameters that the run writes to (momentum encoders, weights clamped in the forward pass) and whatever else modules
+    hold as attributes are put back: counters, lists, dicts, tensors, metric states. Hooks on parameters are not called,
+    gradients are those of the loss. Objects of other classes stay the objects they are; what a run does inside of them
+    stays done, as in modules other than the model.
 
     Raises:
         SplitWatchError: the parameters are on several devices, or hold no values.
     """
     check_parameters(model)
-    with full_precision(model), torch.compiler.set_stance("force_eager"), _restored(model, training):
+    with full_precision(model), torch.compiler.set_stance("force_eager"), _restored(model, training), _hookless(model):
         yield
 
 
@@ -111,6 +126,19 @@ def _restored(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 @contextmanager
+def _hookless(model: nn.Module) -> Iterator[None]:
+    """Parameters without the hooks that change or note the gradients of training."""
+    hooked = [(p, p._backward_hooks) for p in model.parameters() if p._backward_hooks]
+    try:
+        for parameter, _ in hooked:
+            parameter._backward_hooks = None
+        yield
+    finally:
+        for parameter, hooks in hooked:
+            parameter._backward_hooks = hooks
+
+
+@contextmanager
 def _forked() -> Iterator[None]:
     """The generators of Python and NumPy, which data augmentation draws from, are as before."""
     python, legacy = random.getstate(), numpy.random.get_state(legacy=False)
@@ -123,7 +151,7 @@ def _forked() -> Iterator[None]:
 
 
 class _Held:
-    """What modules hold besides parameters, modules and hooks: attributes, buffers, containers, tensors' values.
+    """What modules hold besides modules and hooks: attributes, parameters, buffers, containers, tensors' values.
 
     Containers are put back in place, so that whoever else holds them sees the same; only what changed is touched.
     """
@@ -132,8 +160,16 @@ class _Held:
         self._names: list[tuple[dict, dict]] = []
         self._containers: list[tuple[Any, Any]] = []
         self._tensors: list[tuple[Tensor, int, bool, Tensor]] = []
+        self._generators: list[tuple[torch.Generator, Tensor]] = []
+        self._parameters: list[tuple[_Written, str, nn.Parameter, int, Tensor | None]] = []
+        self._firsts: set[_Written] = set()
         for module in model.modules():
-            own = vars(module)
+            own, written = vars(module), _WRITTEN.setdefault(module, _Written())
+            for name, p in module._parameters.items():
+                if p is not None and not p.is_inference():
+                    self._parameters.append((written, name, p, p._version, self._values(p, written, name)))
+            if not written.known:
+                self._firsts.add(written)
             self._names.append((own, own.copy()))
             self._keep(module._buffers)
             for name in own.keys() - _STANDARD:
@@ -143,11 +179,19 @@ class _Held:
         kind = type(value)
         if kind in _COPIES:
             self._containers.append((value, _COPIES[kind](value)))
-            if isinstance(value, dict):  # of losses by name, of metrics: lists in dicts are grown as often
-                for inner in value.values():
-                    self._keep(inner)
+            for inner in self._inside(value):  # lists of losses by name grow as often as lists do
+                self._keep(inner)
+        elif kind is torch.Generator:
+            self._generators.append((value, value.get_state()))
         elif isinstance(value, Tensor) and not (isinstance(value, nn.Parameter) or value.is_inference()):
             self._tensors.append((value, value._version, value.requires_grad, value.detach().clone()))
+
+    @staticmethod
+    def _inside(container: Any) -> Iterable[Any]:
+        """What may hold more: the values of a dict, the parts of a sequence of containers, not of one of numbers."""
+        if isinstance(container, dict):
+            return container.values()
+        return container if isinstance(container, (list, deque)) and container and type(container[0]) in _COPIES else ()
 
     def put_back(self) -> None:
         """Bind every name to what it was bound to, then give containers and tensors their contents."""
@@ -160,10 +204,28 @@ class _Held:
             if not _same(container, before):
                 container.clear()
                 (container.update if isinstance(container, (dict, set)) else container.extend)(before)
+        for generator, state in self._generators:
+            generator.set_state(state)
         with torch.no_grad():
             for tensor, version, requires_grad, value in self._tensors:
                 if tensor._version != version:
                     (tensor if tensor.requires_grad == requires_grad else tensor.detach_()).copy_(value)
+        for written, name, parameter, version, value in self._parameters:
+            first = written in self._firsts
+            if value is not None and not (first and torch.equal(parameter.detach().cpu(), value)):
+                parameter.data.copy_(value)
+                written.names.add(name)
+            elif parameter._version != version:
+                written.names.add(name)
+        for written in self._firsts:
+            written.known = True
+
+    @staticmethod
+    def _values(parameter: nn.Parameter, written: _Written, name: str) -> Tensor | None:
+        """A copy: of every parameter for the first run, in the host's memory, then of those that were written to."""
+        if not written.known:
+            return parameter.detach().to("cpu", copy=True)
+        return parameter.detach().clone() if name in written.names else None
 
 
 def _same(now: Any, before: Any) -> bool:

@@ -1,5 +1,7 @@
 """What people's own code does around a network, found by attaching to it: nothing of it ends training or misleads."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,15 +11,20 @@ from splitwatch import (
     Grower,
     GrowthPolicy,
     Probe,
+    Split,
     SplitWatchError,
+    StationarityDetector,
     find_hidden_layers,
     grow,
     inner_hessian,
+    make_growable,
     measure_geometry,
+    narrow_verdict,
     plan_growth,
 )
 from splitwatch.anatomy import flat
 from splitwatch.batches import kind
+from splitwatch.control import Control
 from splitwatch.geometry.narrow import LossCurvature
 
 SOON = {"window": 10, "tolerance": 1e9, "noise_ratio": 1e9, "max_events": 1, "max_overhead": None, "probe_samples": 64}
@@ -493,3 +500,208 @@ def test_a_loss_that_takes_gradients_is_tried_without_a_graph_once():
     probe = Probe([(x[:64], y[:64]), (x[64:], y[64:])], penalised)
     assert probe.loss(model) == probe.loss(model)
     assert modes == [False, True, True, True, True]
+
+
+# --- losses that write -----------------------------------------------------------------------------------------------
+
+
+class Momentum(nn.Module):
+    """A network beside an encoder that follows it, a step whenever the loss is computed, as for BYOL."""
+
+    def __init__(self, hidden_write):
+        super().__init__()
+        self.net, self.target = mlp(), mlp().requires_grad_(False)
+        self.hidden_write = hidden_write
+
+    def forward(self, x):
+        with torch.no_grad():
+            for own, other in zip(self.target.parameters(), self.net.parameters(), strict=True):
+                (own.data if self.hidden_write else own).mul_(0.9).add_(other, alpha=0.1)
+            for layer in self.net[::2]:
+                layer.weight.mul_(0.99)
+        return self.net(x) - self.target(x)
+
+
+@pytest.mark.parametrize("hidden_write", [False, True])
+def test_parameters_that_the_loss_writes_to_are_put_back(hidden_write):
+    torch.manual_seed(0)
+    model, (x, y) = Momentum(hidden_write), data()
+    probe = Probe([(x[:64], y[:64]), (x[64:], y[64:])], mse)
+    with torch.no_grad():
+        model.target[0].weight += 1
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    find_hidden_layers(model, probe)  # nested, and the very first
+    probe.loss(model)
+    next(probe.gradients(model))
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]), name
+
+
+def test_hooks_on_parameters_neither_see_nor_change_what_is_measured():
+    model, (x, y) = mlp(), data()
+    probe, seen = Probe([(x[:64], y[:64]), (x[64:], y[64:])], mse), []
+    (expected, _), *_ = probe.gradients(model)
+    for p in model.parameters():
+        p.register_hook(lambda g: seen.append(1) or 0 * g)
+    (found, _), *_ = probe.gradients(model)
+    assert torch.equal(found, expected)
+    assert not seen
+    mse(model, (x, y)).backward()
+    assert len(seen) == len([*model.parameters()])
+    assert not any(p.grad.any() for p in model.parameters())
+
+
+def test_what_modules_hold_inside_of_what_they_hold_is_put_back():
+    class Draws(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.generator, self.logs = mlp(), torch.Generator().manual_seed(0), [[], []]
+
+        def forward(self, x):
+            self.logs[0].append(1)
+            return self.net(x + torch.randn(x.shape, generator=self.generator))
+
+    model, probe = Draws(), Probe([data()], mse)
+    before = model.generator.get_state()
+    probe.loss(model)
+    assert torch.equal(model.generator.get_state(), before)
+    assert model.logs == [[], []]
+
+
+# --- batches that have to stay as they are ---------------------------------------------------------------------------
+
+
+def fives(model, batch):
+    """A loss of every five samples together."""
+    out = model(batch[0])
+    return out.reshape(-1, 5).var(dim=1).mean() + F.mse_loss(out, batch[1])
+
+
+def test_batches_whose_parts_the_loss_does_not_take_stay_whole():
+    model, (x, y) = mlp(), data()
+    probe = Probe(zip(x[:120].split(10), y[:120].split(10), strict=True), fives)
+    assert len(probe.losses(model, "fitted", at_least=4 * len(probe.fitted))[0]) == len(probe.fitted)
+    assert sum(1 for _ in probe.gradients(model, at_least=100)) == len(probe.half("all"))
+    assert measure_geometry(model, probe, find_hidden_layers(model, probe))
+
+
+def test_where_the_loss_does_not_take_parts_the_error_tells_the_cure():
+    model, (x, y) = mlp(), data()
+    probe = Probe([(x[:15], y[:15])], fives)
+    with pytest.raises(RuntimeError, match="shape") as raised:
+        probe.loss(model)
+    if sys.version_info >= (3, 11):
+        assert "pass probe=Probe(batches, loss_fn) with two or more" in raised.value.__notes__[0]
+
+
+def test_no_part_is_a_single_sample():
+    model, (x, y) = mlp(), data()
+    sizes = []
+    probe = Probe([(x[:7], y[:7]), (x[7:10], y[7:10])], lambda m, b: sizes.append(len(b[0])) or mse(m, b))
+    probe.losses(model, "all", at_least=20)
+    assert min(sizes) >= 2
+
+
+# --- what ended training ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [TypeError, KeyError, ArithmeticError])
+def test_any_exception_of_a_wider_network_leaves_its_layer_as_it_is(error):
+    class Checked(nn.Sequential):
+        def forward(self, x):
+            h = self[1](self[0](x))
+            if h.shape[-1] != 8:
+                raise error("8 features")
+            return self[2](h)
+
+    model, (x, y) = Checked(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)), data()
+    plan = plan_growth(model, {}, Probe([(x, y)], mse), GrowthPolicy(moves="even"))
+    assert not plan
+    assert "no hidden layer can be widened" in plan.reason
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Embedding(9, 6, sparse=True), lambda: nn.EmbeddingBag(9, 6, sparse=True)])
+def test_sparse_gradients_are_measured(make):
+    torch.manual_seed(0)
+    model = nn.Sequential(make(), nn.Flatten(), nn.LazyLinear(4), nn.Tanh(), nn.Linear(4, 1))
+    x, y = torch.randint(9, (64, 3)), torch.randn(64, 1)
+    model(x)
+    probe = Probe(zip(x.split(16), y.split(16), strict=True), mse)
+    gradient, _ = next(probe.gradients(model))
+    assert gradient.numel() == sum(p.numel() for p in model.parameters())
+    assert narrow_verdict(model, probe).kind
+    grower = Grower(model, torch.optim.SGD(model.parameters(), 0.1), mse, GrowthPolicy(**SOON), progress=False)
+    for _ in range(30):
+        for batch in zip(x.split(16), y.split(16), strict=True):
+            loss = mse(model, batch)
+            grower.step(batch, loss)
+    assert grower.events
+
+
+def test_a_plan_that_the_network_does_not_follow_is_an_event(caplog):
+    """Weights that are kept positive do not take signed coefficients, which only the plan has."""
+
+    class Monotone(nn.Sequential):
+        def forward(self, x):
+            self[2].weight.data.clamp_(min=0)
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model, (x, y) = Monotone(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1)), data()
+    model[2].weight.data.abs_()
+    policy = GrowthPolicy(**SOON, moves=signed)
+    grower = Grower(model, torch.optim.SGD(model.parameters(), 1e-3), mse, policy, progress=False)
+    events = [event for _ in range(15) if (event := grower.step((x, y), mse(model, (x, y)).detach()))]
+    assert not any(event.grown for event in events)
+    assert events[0].plan.reason.startswith("not grown: plan: required outputs that change by at most")
+    assert "not grown: plan" in caplog.text
+    assert model[0].out_features == 4
+
+
+def signed(model, geometry, probe, policy, layers):
+    """A split whose second copy has a negative outgoing weight."""
+    return [Split(layers[0].name, 0, (2.0, -1.0), torch.zeros(2, 7), torch.zeros(2, 1), 0.0)]
+
+
+def test_a_few_losses_that_are_not_finite_do_not_end_watching():
+    detector = StationarityDetector(100)
+    verdicts = [detector.update(float("nan") if i % 7 == 3 else 1.0 + 1e-3 * (i % 5)) for i in range(300)]
+    assert [v.kind for v in verdicts if v][-1] == "suspected"
+    verdicts = [detector.update(float("nan") if i % 3 else 1.0) for i in range(300)]
+    assert [v.kind for v in verdicts if v][-1] == "undecided"
+
+
+# --- checkpoints, optimizers, controls -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("widths", [(4, 8), (8, 4)])
+def test_an_optimizer_made_before_a_checkpoint_of_another_width_is_loaded_trains_on(widths):
+    there, here = mlp(), mlp()
+    for model, width in zip((there, here), widths[::-1], strict=True):
+        probe = Probe([data()], mse)
+        make_growable(model)
+        if width == 8:
+            grow(model, plan_growth(model, {}, probe, GrowthPolicy(moves="even")), probe=probe)
+    optimizer = torch.optim.SGD(here.parameters(), 0.1)
+    mse(here, data()).backward()
+    here.load_state_dict(there.state_dict())
+    assert here[0].out_features == there[0].out_features == widths[1]
+    assert here[0].weight.grad is None
+    before = [p.detach().clone() for p in here.parameters()]
+    mse(here, data()).backward()
+    optimizer.step()
+    assert not any(map(torch.equal, here.parameters(), before))
+
+
+def test_a_control_whose_loss_ignores_the_copy_is_dropped(caplog):
+    torch.manual_seed(0)
+    model, (x, y) = mlp(), data()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    fixed = lambda _, batch: F.mse_loss(model(batch[0]), batch[1])  # noqa: E731
+    probe = Probe([(x[:64], y[:64]), (x[64:], y[64:])], fixed)
+    control = Control(model, [optimizer], fixed, probe, 5)
+    before = [p.detach().clone() for p in model.parameters()]
+    assert not control.follow((x, y), fixed(model, (x, y)))
+    assert "has to use the model that it is given" in caplog.text
+    assert all(p.grad is None for p in model.parameters())
+    assert all(map(torch.equal, model.parameters(), before))

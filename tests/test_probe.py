@@ -154,7 +154,7 @@ def test_probing_changes_nothing_when_the_loss_raises(name, where):
         if where == "before":
             raise ValueError("no data today")
         loss = with_metrics(model, batch)
-        if where == "after" or len(calls) == 3:
+        if where == "after" or len(calls) >= 3:
             raise ValueError("no data today")
         return loss
 

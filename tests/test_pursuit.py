@@ -361,6 +361,34 @@ def test_new_neurons_have_a_ridge_on_their_outgoing_weights():
     assert torch.allclose(slope, torch.zeros_like(slope), atol=1e-12)
 
 
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
+def test_a_layer_whose_neurons_are_all_silent_gets_new_ones(activation):
+    """All existing features are zero, or constant: no new one is called too large beside them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), activation(), nn.Linear(4, 1)).double()
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[0].bias.zero_()
+    x = torch.randn(400, 3, dtype=torch.float64)
+    probe = Probe(zip(x.split(100), x[:, :1].tanh().split(100), strict=True), mse)
+    geometry = measure_geometry(model, probe)
+    for moves in ("sprouts", "even"):
+        plan = plan_growth(model, geometry, probe, GrowthPolicy(moves=moves))
+        assert plan.held_out_decrease > 0.05 * probe.loss(model, "held_out")
+
+
+def test_the_best_come_first_and_large_ones_last():
+    model, probe = settled(n=400)
+    bed = Seedbed(model, only(model, probe, "0"), probe, 40, BYTES)
+    w = candidates(bed, None, 0)
+    found = bed.measure(w, pairs=False)
+    bed.largest = found.norm.median() / LARGEST**2
+    chosen = bed.measure(best(bed, w, 40), pairs=False)
+    large = chosen.norm > found.norm.median()
+    assert large.tolist() == [False] * 20 + [True] * 20
+    assert all(torch.equal(part, part.sort(descending=True)[0]) for part in (chosen.scores[:20], chosen.scores[20:]))
+
+
 # --- what it brings --------------------------------------------------------------------------------------------------
 
 
@@ -398,6 +426,22 @@ def test_new_neurons_do_not_depend_on_the_scale_of_the_loss(factor):
     for one, other in zip(moves, others, strict=True):
         assert torch.allclose(one.outgoing, other.outgoing, rtol=1e-6)
         assert other.predicted_decrease == pytest.approx(factor * one.predicted_decrease, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("factor", "shift"), [(1e-9, 0), (1e-6, 0), (1e6, 0), (1e-9, -1e-12), (1, -5), (1e3, -5e3)])
+def test_the_length_of_outgoing_weights_follows_scale_and_zero_of_the_loss(factor, shift, dtype):
+    model, plain = settled(outputs=2)
+    layer = only(model, plain, "0")
+    moves = pursue(model, {layer: 3}, plain, {}, max_bytes=BYTES)[0].sprouts()
+    start = plain.loss(model, "fitted")
+    expected = lowest(model, [layer], moves, plain, start)
+    model.to(dtype)
+    batches = [tuple(part.to(dtype) for part in batch) for batch in (*plain.fitted, *plain.held_out)]
+    probe = Probe(batches, lambda model, batch: factor * mse(model, batch) + shift)
+    scaled = [replace(move, predicted_decrease=factor * move.predicted_decrease) for move in moves]
+    found = lowest(model, [layer], scaled, probe, probe.loss(model, "fitted"))
+    assert found == pytest.approx(expected, rel=1e-6 if dtype == torch.float64 and not shift else 0.02)
 
 
 def test_the_length_of_outgoing_weights_is_found_beside_infinite_losses():
@@ -495,15 +539,15 @@ def test_budgets_are_respected(moves, limits):
         assert plan.reason == "the budget allows no new neuron"
 
 
-def test_splits_that_leave_no_room_get_no_sprouts_beside_them(monkeypatch):
-    """Half of the splits, into five copies each, add more neurons than there are."""
+def test_splits_that_leave_no_room_are_no_half_and_half(monkeypatch):
+    """Half of the splits, into five copies each, add more neurons than there are, so nothing can stand beside them."""
     model, _, probe, _ = deep()
     layers = tuple(growable(model, probe))
     splits = [duplicate(model, layer, r, (0.2,) * 5) for layer in layers for r in range(layer.width)]
-    monkeypatch.setattr(mixture, "_chosen", lambda model, plans, probe: plans["half and half"])
-    policy = GrowthPolicy(moves="mixed", max_ratio=None)
-    plan = mixture.mix(model, GrowthPlan(layers, tuple(splits), ""), {}, probe, policy)
-    assert [(type(move), move.added) for move in plan.moves] == [(Split, 4)] * 4
+    compared = []
+    monkeypatch.setattr(mixture, "_chosen", lambda model, plans, probe: compared.append([*plans]) or plans["splits"])
+    mixture.mix(model, GrowthPlan(layers, tuple(splits), ""), {}, probe, GrowthPolicy(moves="mixed", max_ratio=None))
+    assert compared == [["sprouts", "splits"]]
 
 
 @pytest.mark.parametrize("make", [torch.optim.Adam, lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9)])

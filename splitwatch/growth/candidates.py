@@ -129,8 +129,9 @@ def best(bed: Seedbed, w: Tensor, count: int) -> Tensor:
     The rate of training suits the features that there are: with much larger ones SGD can diverge.
     """
     found = bed.measure(w, pairs=False)
-    scores = torch.where(found.norm <= LARGEST**2 * bed.largest, found.scores, 0)
-    return w[scores.argsort(descending=True, stable=True)[:count]]
+    order = found.scores.argsort(descending=True, stable=True)
+    large = (found.norm > LARGEST**2 * bed.largest) & (bed.largest > 0)
+    return w[order[large[order].byte().argsort(stable=True)][:count]]
 
 
 def ascend(bed: Seedbed, w: Tensor) -> Tensor:

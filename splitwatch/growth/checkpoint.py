@@ -248,7 +248,7 @@ def _resize(model: nn.Module, state: Mapping[str, Any], prefix: str, layer: Mapp
 
 
 def _set_width(module: nn.Module, names: tuple[str, ...], axis: int, width: int) -> None:
-    """Give tensors another length along an axis; what they hold is about to be overwritten."""
+    """Give tensors another length along an axis, parameters in place; what they hold is about to be overwritten."""
     for name in names:
         tensor = getattr(module, name)
         if tensor is None or tensor.shape[axis] == width:
@@ -260,5 +260,7 @@ def _set_width(module: nn.Module, names: tuple[str, ...], axis: int, width: int)
                 f"{tensor.shape[axis]}; call splitwatch.load_grown before fully_shard"
             )
         empty = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
-        parameter = isinstance(tensor, nn.Parameter)
-        setattr(module, name, nn.Parameter(empty, requires_grad=tensor.requires_grad) if parameter else empty)
+        if isinstance(tensor, nn.Parameter):  # stays the one that optimizers own
+            tensor.data, tensor.grad = empty, None
+        else:
+            setattr(module, name, empty)

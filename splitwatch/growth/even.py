@@ -20,7 +20,7 @@ from splitwatch.growth.promise import Promise, promises
 from splitwatch.growth.pursuit import Seedlings, first_look, improve, lowest
 from splitwatch.growth.refine import halves, refined
 from splitwatch.growth.rounds import whole_rounds
-from splitwatch.growth.search import OFFSETS, confirmed_plan, no_room, searched, stretch
+from splitwatch.growth.search import NO_LAYER, OFFSETS, confirmed_plan, no_room, searched, stretch
 from splitwatch.growth.splits import best_splits
 from splitwatch.probe import Probe
 from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, Split, Sprout
@@ -34,7 +34,7 @@ which training at a high rate leaves soon.
 
 SILENT = "new neurons have no outgoing weights yet: none pay on the held-out half"
 
-KEPT = 8
+IMPROVED = 8
 """Fewest candidates that are improved: in the middle of training twice as many gain nothing, and cost as much."""
 
 GRAIN = 64
@@ -57,12 +57,12 @@ def plan_even(
     """
     counts, ratio = _counts(model, probe, policy, layers)
     if not any(counts.values()):
-        return GrowthPlan(layers, (), no_room(layers))
+        return GrowthPlan(layers, (), no_room(layers) if layers else NO_LAYER)
     room = policy.max_bytes
     able = {x: counts[x.name] for x in layers if counts[x.name] and holds_sprouts(x)}
     splits = [move for x in layers if x not in able for move in _splits(model, x, geometry, probe, counts, room)]
     plan = _parted(model, GrowthPlan(layers, tuple(splits), ""), probe)
-    seen = first_look(model, able, probe, geometry, max_bytes=room, improved=KEPT)
+    seen = first_look(model, able, probe, geometry, max_bytes=room, improved=IMPROVED)
     hopeful = {one.sprout.layer for one in _promised(model, seen, probe) if one.kept}
     found = [improve(model, probe, part, max_bytes=room) for part in seen if part.layer.name in hopeful]
     promised, before = _promised(model, found, probe), len(plan.moves)

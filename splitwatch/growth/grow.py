@@ -23,7 +23,7 @@ from splitwatch.growth.surgery import Surgery, prepare
 from splitwatch.growth.widening import IndexMap, submodule, widenings
 from splitwatch.probe import Probe
 from splitwatch.ranks import largest_over_ranks
-from splitwatch.records import GrowthPlan, Split, SplitWatchError
+from splitwatch.records import GrowthPlan, Split, SplitWatchError, UnfitPlanError
 
 _DRIFT_BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 """By the precision in which the copies' weights are rounded; those of equal copies are halves, exact in any."""
@@ -35,9 +35,6 @@ _TOLD = "_splitwatch_told"
 
 SLACK = 8.0
 """How many times the rounding of the consumers' weights the drift may be where their sums cancel."""
-
-UNFOLLOWED = (RuntimeError, ValueError, IndexError, AssertionError)
-"""How a forward pass fails that does not follow the modules' widths."""
 
 
 def grow(
@@ -182,10 +179,10 @@ def _drift(model: nn.Module, plan: GrowthPlan, probe: Probe, precision: torch.dt
     try:
         with widened(model, plan, offsets=False):
             after = probe.outputs(model, consumers)
-    except torch.OutOfMemoryError:  # says nothing about widths
+    except (torch.OutOfMemoryError, MemoryError):  # says nothing about widths
         raise
-    except UNFOLLOWED as error:
-        raise SplitWatchError(
+    except Exception as error:
+        raise UnfitPlanError(
             f"model: required a forward pass that follows the modules' widths, found a failure after widening "
             f"{sorted(grown)}: {error}; look for sizes written into the code (such as view(-1, 128))"
         ) from error
@@ -197,7 +194,7 @@ def _drift(model: nn.Module, plan: GrowthPlan, probe: Probe, precision: torch.dt
     if isfinite(drift) and drift > bound:
         bound = max(bound, SLACK * amplification * _rounding(model, consumers, probe, before))
     if not drift <= bound:
-        raise SplitWatchError(
+        raise UnfitPlanError(
             f"plan: required outputs that change by at most {bound:g} (relative) at zero offset, found {drift:.2e} in "
             f"the consumers of {sorted(grown)}; the model was left as it was"
         )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from splitwatch.growth.cost import fitting
 from splitwatch.growth.policy import GrowthPolicy
 from splitwatch.growth.pursuit import Seedlings, proposals, pursue, sized
-from splitwatch.growth.search import NO_ROOM, held_out_gains, rejected, searched, within_budget
+from splitwatch.growth.search import NO_LAYER, NO_ROOM, held_out_gains, rejected, searched, within_budget
 from splitwatch.probe import Probe
 from splitwatch.ranks import paired_error
 from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, Move, Split, Sprout
@@ -45,7 +45,8 @@ def mix(
     if policy.moves == "mixed":
         room = max(0, (budget.max_neurons or 0) - sum(move.added for move in splits.moves[:half]))
         variants["splits"] = splits.moves
-        variants["half and half"] = (*splits.moves[:half], *_sprouts(model, found, order[:room], probe)) if half else ()
+        beside = _sprouts(model, found, order[:room], probe) if half else ()
+        variants["half and half"] = (*splits.moves[:half], *beside) if beside else ()
     plans = {
         name: searched(model, replace(splits, moves=fitting(model, probe, policy, layers, moves)), probe)
         for name, moves in variants.items()
@@ -54,7 +55,9 @@ def mix(
     if plans:
         return _chosen(model, plans, probe)
     nothing = "growth would not help here: no new neuron is possible that explains a slope of the loss"
-    if not any(map(holds_sprouts, layers)):
+    if not layers:
+        nothing = f"growth would not help here: {NO_LAYER}"
+    elif not any(map(holds_sprouts, layers)):
         nothing = "growth would not help here: beside depthwise and grouped convolutions neurons can only be split"
     if items or policy.max_neurons == 0:
         nothing = NO_ROOM
@@ -84,7 +87,7 @@ def _pursued(
 
 def holds_sprouts(layer: HiddenLayer) -> bool:
     """Whether a layer can hold new neurons; a depthwise convolution would need a kernel for each, groups a place."""
-    return layer.groups == 1 and not any("conv" in operation for operation in layer.operations)
+    return layer.groups == 1 and not layer.depthwise
 
 
 def _sprouts(model: nn.Module, found: Sequence[Seedlings], order: Sequence[Sprout], probe: Probe) -> tuple[Sprout, ...]:

@@ -14,7 +14,7 @@ from splitwatch.geometry.plateau import classify_split
 from splitwatch.growth.cost import duplicate
 from splitwatch.growth.policy import GrowthPolicy
 from splitwatch.growth.rounds import missing, rounds, whole_rounds
-from splitwatch.growth.search import NO_ROOM, Candidate, no_room, weighed, within_budget
+from splitwatch.growth.search import NO_LAYER, NO_ROOM, Candidate, no_room, weighed, within_budget
 from splitwatch.growth.splits import preferences
 from splitwatch.probe import Probe
 from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, Move, PlateauVerdict
@@ -84,6 +84,6 @@ def _verdicts(
 
 def _why_none(refused: Counter[str]) -> str:
     if not refused:
-        return "growth would not keep a minimum here, because no hidden layer can be widened"
+        return f"growth would not keep a minimum here, because {NO_LAYER}"
     told = "; ".join(f"{count} neuron{'s' * (count > 1)}: {reason}" for reason, count in refused.most_common())
     return f"growth would not keep a minimum here, because no neuron's plateau has a region of minima ({told})"

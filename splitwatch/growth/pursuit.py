@@ -26,22 +26,24 @@ from splitwatch.precision import full_precision
 from splitwatch.probe import Probe
 from splitwatch.ranks import largest_over_ranks
 from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, Sprout
-from splitwatch.trace import LayerTrace
 
 POOL, MOST = 2, 512
 """Candidates tried in a layer, relative to the neurons wanted, and the most beyond them; more gained nothing."""
 LEAST, KEPT = 32, 16
 """Fewest candidates, and fewest of them that are improved: where few neurons are wanted there has to be a choice."""
-TRIES = 5
-"""How often the length of the outgoing weights is tried: twice where the loss is a parabola along them."""
+ROUNDINGS = 64
+"""How many times the rounding of the loss a bend has to be, to say how much the loss curves."""
+TRIES, FAR = 8, 16.0
+"""How often the length of the outgoing weights is tried (once or twice where the loss is a parabola along them), and
+how far from one length to the next where the loss is infinite, or bends by less than it is rounded by."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Seedlings:
     """Chosen neurons of one layer, best first: incoming weights (n, d), and what was measured of them.
 
-    ``explained`` (n,) is what each adds to ‖g‖²/‖φ⊥‖²; ``readers`` are the layer's consumers, ``others`` (n', d) those
-    that were not chosen, because so many are not ``wanted`` or the chosen ones and the layer leave nothing new of them.
+    ``explained`` (n,) is what each adds to ‖g‖²/‖φ⊥‖²; ``readers`` are the layer's consumers. Of the others,
+    ``unchosen`` (n', d), so many are not ``wanted``, or the chosen ones and the layer leave nothing new.
     """
 
     layer: HiddenLayer
@@ -50,7 +52,7 @@ class Seedlings:
     incoming: Tensor
     measured: Measured
     explained: Tensor
-    others: Tensor
+    unchosen: Tensor
 
     def first(self, count: int) -> Seedlings:
         """The best of them."""
@@ -60,11 +62,11 @@ class Seedlings:
 
     def repeats(self) -> tuple[Sprout, ...]:
         """As many silent neurons of those not chosen as are missing, for who needs the whole number."""
-        return self._silent(self.others[: self.wanted - len(self.incoming)], "nothing new to the layer yet")
+        return self._silent(self.unchosen[: self.wanted - len(self.incoming)], "nothing new to the layer yet")
 
     def fallow(self) -> tuple[Sprout, ...]:
         """All that are wanted as silent neurons, where the held-out half confirms none."""
-        every = torch.cat([self.incoming, self.others])[: self.wanted]
+        every = torch.cat([self.incoming, self.unchosen])[: self.wanted]
         return self._silent(every, "at a first look the held-out half confirms no new neuron of this layer")
 
     def _silent(self, incoming: Tensor, why: str) -> tuple[Sprout, ...]:
@@ -147,20 +149,20 @@ def first_look(
     """
     if not counts:
         return []
+    found = []
     with full_precision():
-        traces, found = next(iter(probe.traces(model, [*counts], "fitted"))), []
-        for layer, wanted in counts.items():
-            room = max(1, _room(traces[layer.name], max_bytes))
+        rooms = _rooms(model, [*counts], probe, max_bytes)
+        for (layer, wanted), room in zip(counts.items(), rooms, strict=True):
             count = max(wanted, min(max(LEAST, POOL * wanted), MOST, room))
             bed = Seedbed(model, layer, probe, count, max_bytes, rows=SEEN)
             w = best(bed, candidates(bed, geometry.get(layer.name), seed=0), max(wanted, improved))
             found.append(_seedlings(bed, w, wanted))
-        return found
+    return found
 
 
 def improve(model: nn.Module, probe: Probe, seen: Seedlings, *, max_bytes: int) -> Seedlings:
     """The same after gradient ascent, chosen anew on the whole fitted half."""
-    w = torch.cat([seen.incoming, seen.others])
+    w = torch.cat([seen.incoming, seen.unchosen])
     with full_precision():
         bed = Seedbed(model, seen.layer, probe, len(w), max_bytes)
         return _seedlings(bed, ascend(bed, w), seen.wanted)
@@ -168,15 +170,19 @@ def improve(model: nn.Module, probe: Probe, seen: Seedlings, *, max_bytes: int) 
 
 def _seedlings(bed: Seedbed, w: Tensor, wanted: int) -> Seedlings:
     kept, explained = select(found := bed.measure(w), wanted)
-    others = torch.ones(len(w), dtype=torch.bool, device=w.device)
-    others[kept] = False
-    return Seedlings(bed.layer, wanted, bed.readers, w[kept], found.of(kept), explained, w[others])
+    rest = torch.ones(len(w), dtype=torch.bool, device=w.device)
+    rest[kept] = False
+    return Seedlings(bed.layer, wanted, bed.readers, w[kept], found.of(kept), explained, w[rest])
 
 
-def _room(trace: LayerTrace, max_bytes: int) -> int:
-    """How many candidates the graph of one batch may hold."""
-    ends, width = [*trace.pre_activations(), *(consumer.input for consumer in trace.consumers)], trace.layer.width
-    return -int(largest_over_ranks(width - max_bytes * width // (GRAPH * sum(x.nbytes for x in ends))))
+def _rooms(model: nn.Module, layers: Sequence[HiddenLayer], probe: Probe, max_bytes: int) -> list[int]:
+    """How many candidates of each layer the graph of one batch may hold, one at least."""
+    found = []
+    for layer, trace in zip(layers, next(iter(probe.traces(model, layers, "fitted"))).values(), strict=True):
+        ends = [*trace.pre_activations(), *(consumer.input for consumer in trace.consumers)]
+        held = GRAPH * sum(x.nbytes for x in ends)
+        found.append(max(1, -int(largest_over_ranks(layer.width - max_bytes * layer.width // held))))
+    return found
 
 
 def sized(model: nn.Module, layers: Sequence[HiddenLayer], moves: Sequence[Sprout], probe: Probe) -> tuple[Sprout, ...]:
@@ -203,19 +209,29 @@ def lowest(
     bounded by a predicted decrease of |L|. Zero where the loss does not fall.
     """
     slope = -2 * sum(move.predicted_decrease for move in moves)
-    most = 2 * abs(before) / -slope if slope < 0 else 0.0
-    step = min(1.0, most)
-    for _ in range(TRIES if step else 0):
+    if not slope < 0:
+        return 0.0
+    most, least = 2 * abs(before) / -slope, 0.0
+    step, rounding = most / FAR if before > 0 else 1.0, ROUNDINGS * _rounding(moves[0].outgoing.dtype) * abs(before)
+    for _ in range(TRIES):
         with widened(model, GrowthPlan(tuple(layers), tuple(scale(move, step) for move in moves), "")):
             loss = probe.loss(model, "fitted", finite=False)
+        bend = loss - before - step * slope
         if not isfinite(loss):
-            step /= 16
-            continue
-        curvature = 2 * (loss - before - step * slope) / step**2
-        last, step = step, min(most, -slope / curvature) if curvature > 0 else most
-        if last / 2 <= step <= 2 * last:
-            break
+            step /= FAR
+        elif abs(bend) <= rounding and step < most:
+            least = step = min(step * FAR, most)
+        else:
+            last, step = step, -slope * step**2 / (2 * bend) if bend > 0 else most
+            step = min(step, most) if before > 0 else step
+            if step < least or last / 2 <= step <= 2 * last:
+                break
     return step
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """Of what is computed with weights of a type, which is in float32 at least."""
+    return min(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
 
 
 def proposals(model: nn.Module, found: Sequence[Seedlings], probe: Probe) -> list[Candidate]:

@@ -28,6 +28,7 @@ STEPS = tuple(2.0**power for power in range(-4, 2))
 FARTHEST = 32.0
 """How far a line search goes on while it does not pass its best size."""
 
+NO_LAYER = "no hidden layer can be widened"
 NO_ROOM = "the budget allows no new neuron"
 
 

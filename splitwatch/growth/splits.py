@@ -12,7 +12,7 @@ from splitwatch.geometry.measure import EQUAL
 from splitwatch.geometry.plateau import classify_split, splitting_modes
 from splitwatch.geometry.weights import neuron_weights
 from splitwatch.growth.policy import GrowthPolicy
-from splitwatch.growth.search import Candidate, stretch
+from splitwatch.growth.search import NO_LAYER, Candidate, stretch
 from splitwatch.records import HiddenLayer, LayerGeometry, PlateauVerdict, Split
 
 
@@ -141,7 +141,7 @@ def _why(coefficients: tuple[float, ...], value: float, v: Tensor) -> str:
 def why_none(candidates: Sequence[Candidate], certified: bool = False) -> str:
     """Why no neuron is split."""
     if not candidates:
-        return "growth would not help here: no hidden layer can be widened"
+        return f"growth would not help here: {NO_LAYER}"
     some = descending(candidates)
     if some and certified:
         return (

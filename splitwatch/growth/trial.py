@@ -15,7 +15,7 @@ from torch import nn
 
 from splitwatch.anatomy import plain_modules
 from splitwatch.growth.cost import one_round
-from splitwatch.growth.grow import SLACK, UNFOLLOWED, rounded, widened
+from splitwatch.growth.grow import SLACK, rounded, widened
 from splitwatch.linear_map import SUPPORTED
 from splitwatch.probe import Probe
 from splitwatch.ranks import largest_over_ranks
@@ -65,9 +65,9 @@ class Trial:
         """How the loss fails, or changes in eval mode, if it does."""
         try:
             loss = self.probe.first(self.model, training=training)
-        except torch.OutOfMemoryError:  # says nothing about widths
+        except (torch.OutOfMemoryError, MemoryError):  # says nothing about widths
             raise
-        except UNFOLLOWED as error:
+        except Exception as error:
             return str(error).strip().partition("\n")[0] or type(error).__name__
         same = training or not abs(loss - self.loss) > CHANGED * abs(self.loss) or self._rounds(loss)
         return "" if same else f"the loss changes from {self.loss:.3g} to {loss:.3g}"

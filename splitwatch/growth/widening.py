@@ -173,7 +173,7 @@ def _check_move(move: Split | Sprout, layer: HiddenLayer, d: int, c: int, split:
         if move.others is not None:
             found += tuple(tuple(factor.shape) for factor in move.others)
             required += (layer.width, rank := len(move.others[1])), (rank, c)
-        if any("conv" in operation for operation in layer.operations):
+        if layer.depthwise:
             raise UnsupportedLayerError(f"plan: a sprout in {layer.name} has no kernel for its depthwise convolution")
         if layer.groups > 1:
             raise UnsupportedLayerError(f"plan: a sprout in {layer.name} has none of its {layer.groups} groups; split")

@@ -80,7 +80,7 @@ class StationarityDetector:
         """The verdict at the end of the last complete block, once there are enough of them."""
         losses, verdict = _numbers(self.losses), None
         while len(losses) >= self.block:
-            mean, losses = mean_over_ranks(_mean(losses[: self.block])), losses[self.block :]
+            mean, losses = mean_over_ranks(_mean_of_most(losses[: self.block])), losses[self.block :]
             self.means = [*self.means[1 - BLOCKS :], mean]
             if math.isfinite(mean):
                 self.range = (min(self.range[0], mean), max(self.range[1], mean))
@@ -156,6 +156,12 @@ def _numbers(losses: Sequence[Tensor | float]) -> list[float]:
         return [loss.item() if isinstance(loss, Tensor) else float(loss) for loss in losses]
     fetched = iter(torch.stack([loss.reshape(()) for loss in losses if isinstance(loss, Tensor)]).tolist())
     return [next(fetched) if isinstance(loss, Tensor) else float(loss) for loss in losses]
+
+
+def _mean_of_most(losses: Sequence[float]) -> float:
+    """The mean of those that are finite, if most are: a few others are steps that training leaves out."""
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    return _mean(finite if 2 * len(finite) > len(losses) else losses)
 
 
 def _mean(values: Sequence[float]) -> float:
