@@ -61,10 +61,12 @@ def kind(batch: Batch) -> Hashable:
     inside = opened(batch)
     if inside is None:
         return batch if isinstance(batch, (str, bool, Enum)) else type(batch)
-    parts = map(kind, inside[0])
+    parts = tuple(map(kind, inside[0]))
+    if type(batch) in (list, tuple) and next(tensors(batch), None) is None:  # of names
+        return type(batch)
     if isinstance(batch, list):  # of samples, as many as there are
-        return frozenset(parts) if next(tensors(batch), None) is not None else list
-    return type(batch), tuple(batch) if isinstance(batch, Mapping) else (), tuple(parts)
+        return frozenset(parts)
+    return type(batch), tuple(batch) if isinstance(batch, Mapping) else (), parts
 
 
 def batch_size(batch: Batch) -> int:

@@ -27,7 +27,7 @@ from splitwatch.growth.shards import check_shards, whole
 from splitwatch.layers import check_names, find_hidden_layers, select_layers
 from splitwatch.probe import LossFunction, Probe
 from splitwatch.ranks import is_first
-from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, UnfitPlanError
+from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, SplitWatchError, UnfitPlanError
 from splitwatch.rewarm import Rewarm
 from splitwatch.watch.stationarity import as_now
 from splitwatch.watcher import Watcher
@@ -76,7 +76,6 @@ class Grower:
         training_loss: LossFunction | None = None,
     ) -> None:
         self.model, self.replica = bare(model)
-        self.optimizers = bare_optimizers(optimizer)
         self.policy = policy or GrowthPolicy()
         check_names(self.model, self.policy.layers)
         self.monitor_only, self.sinks, self.progress = monitor_only, list(sinks), progress
@@ -86,7 +85,21 @@ class Grower:
         self.growths = 0
         self.training_loss = training_loss or loss_fn
         self.control: Control | None = None
-        self.rewarm = [Rewarm(o, self.policy.rewarm) for o in self.optimizers if self.policy.rewarm]
+        self.optimizers: list[Optimizer] = []
+        self.use(optimizer)
+
+    def use(self, optimizer: Optimizer | Iterable[Optimizer]) -> None:
+        """Go on with other optimizers than before, where a later phase of training makes its own.
+
+        Raises:
+            SplitWatchError: there is none, or one that growth cannot carry along.
+        """
+        given = bare_optimizers(optimizer)
+        if not given and not self.monitor_only:
+            raise SplitWatchError("optimizer: required one or more, found none; pass those that train the model")
+        if [*map(id, given)] != [*map(id, self.optimizers)]:
+            self.optimizers = given
+            self.rewarm = [Rewarm(o, self.policy.rewarm) for o in given if self.policy.rewarm]
 
     def step(self, batch: Batch, loss: Tensor | float) -> GrowthEvent | None:
         """Take note of one training step, after ``optimizer.step()``; measure and grow where it is time to.

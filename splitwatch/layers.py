@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -50,7 +51,8 @@ def _traced(model: nn.Module, probe: Probe, batch: Batch) -> dict[str, HiddenLay
 
 def _agreed(layer: HiddenLayer, other: HiddenLayer | None) -> HiddenLayer:
     """A layer that batches of another kind use in the same way; with that as the reason, one that they do not."""
-    if not layer.measurable or (other is not None and astuple(other) == astuple(layer)):
+    alike = other is not None and astuple(other) == astuple(layer)
+    if alike or not (layer.measurable or (other is not None and other.measurable)):
         return layer
     found = f"{other or 'it is part of another layer'}"
     return HiddenLayer(layer.name, layer.width, reason=f"not all batches use it alike, in some of them {found}")
@@ -66,6 +68,8 @@ def select_layers(
         UnsupportedLayerError: a named layer cannot be widened (or measured).
     """
     by_name = {layer.name: layer for layer in layers}
+    if isinstance(names, str):
+        raise SplitWatchError(f"layers: required a list of dotted names, found {names!r}; write [{names!r}]")
     if names is None:
         return tuple(layer for layer in by_name.values() if layer.growable)
     for name in names:
@@ -77,6 +81,26 @@ def select_layers(
         if not (by_name[name].growable or (to_measure and by_name[name].measurable)):
             raise UnsupportedLayerError(f"layers: {by_name[name]}")
     return tuple(by_name[name] for name in names)
+
+
+def one_layer(model: nn.Module, probe: Probe, layer: HiddenLayer | str) -> HiddenLayer:
+    """A layer to be measured, by its record or its name; errors as for ``select_layers``."""
+    known = find_hidden_layers(model, probe) if isinstance(layer, str) else [layer]
+    return select_layers(known, [layer if isinstance(layer, str) else layer.name], to_measure=True)[0]
+
+
+def chosen_neurons(layer: HiddenLayer, neurons: Sequence[int] | None) -> list[int]:
+    """The neurons meant, all by default.
+
+    Raises:
+        SplitWatchError: none is named, or one that the layer does not have.
+    """
+    chosen = list(range(layer.width) if neurons is None else neurons)
+    if not chosen or not all(isinstance(r, Integral) and 0 <= r < layer.width for r in chosen):
+        raise SplitWatchError(
+            f"neurons: required indices from 0 to {layer.width - 1} of {layer.name}, found {chosen}; None means all"
+        )
+    return chosen
 
 
 def check_names(model: nn.Module, names: Sequence[str] | None) -> None:

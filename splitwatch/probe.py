@@ -27,9 +27,9 @@ from splitwatch.trace import LayerTrace, trace
 from splitwatch.undisturbed import undisturbed
 
 WHOLE = (
-    "splitwatch computed the loss of a batch of its probe, which may hold only some of the samples of a batch of yours; "
+    "splitwatch computed the loss of a batch of its probe, which may hold some of the samples of a batch of yours; "
     "where the loss needs batches as they are (pairs, graphs, a carried state), pass probe=Probe(batches, loss_fn) of "
-    "two or more batches that it takes"
+    "two batches or more that it takes"
 )
 """What to do where a loss is computed of batches of training, but not of the probe's."""
 

@@ -7,6 +7,7 @@ loggers see theirs. Decoupled weight decay is scaled with it, as with any learni
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any, Final
 
 from torch.optim import Optimizer
@@ -38,8 +39,11 @@ class Rewarm:
     """
 
     def __init__(self, optimizer: Optimizer, steps: int, start: float = START) -> None:
-        if steps < 1 or not 0 <= start <= 1:
-            raise SplitWatchError(f"steps, start: required steps ≥ 1 and 0 ≤ start ≤ 1, found {steps} and {start}")
+        if not (isinstance(steps, Integral) and steps >= 1 and 0 <= start <= 1):
+            raise SplitWatchError(
+                f"steps, start: required whole steps ≥ 1 and 0 ≤ start ≤ 1, found {steps} and {start}; "
+                "a hundred steps from a tenth are usual"
+            )
         if not all("lr" in group for group in optimizer.param_groups):
             raise SplitWatchError("optimizer: required a learning rate in every group, found none; do not rewarm")
         self.optimizer, self.steps, self.start = optimizer, steps, start

@@ -9,8 +9,10 @@ from torch import nn
 
 from splitwatch import (
     Grower,
+    GrowthPlan,
     GrowthPolicy,
     Probe,
+    Rewarm,
     Split,
     SplitWatchError,
     StationarityDetector,
@@ -591,7 +593,7 @@ def test_where_the_loss_does_not_take_parts_the_error_tells_the_cure():
     with pytest.raises(RuntimeError, match="shape") as raised:
         probe.loss(model)
     if sys.version_info >= (3, 11):
-        assert "pass probe=Probe(batches, loss_fn) with two or more" in raised.value.__notes__[0]
+        assert "pass probe=Probe(batches, loss_fn) of two batches or more" in raised.value.__notes__[0]
 
 
 def test_no_part_is_a_single_sample():
@@ -705,3 +707,40 @@ def test_a_control_whose_loss_ignores_the_copy_is_dropped(caplog):
     assert "has to use the model that it is given" in caplog.text
     assert all(p.grad is None for p in model.parameters())
     assert all(map(torch.equal, model.parameters(), before))
+
+
+# --- several phases --------------------------------------------------------------------------------------------------
+
+
+def test_an_optimizer_of_a_later_phase_is_grown_along():
+    model, batch = mlp(), data()
+    grower = Grower(model, torch.optim.SGD(model.parameters(), 1e-3), mse, GrowthPolicy(**SOON), progress=False)
+    later = torch.optim.Adam(model.parameters(), 1e-3)
+    grower.use(later)
+    while not grower.growths:
+        grower.step(batch, mse(model, batch).detach())
+    assert {*map(id, later.param_groups[0]["params"])} == {*map(id, model.parameters())}
+    with pytest.raises(SplitWatchError, match="optimizer: required one or more, found none"):
+        grower.use([])
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda m, p: measure_geometry(m, p, "0"), r"layers: required a list .* write \['0'\]"),
+        (lambda m, p: measure_geometry(m, p, max_bytes=0), "max_bytes: required 1 byte or more, found 0"),
+        (lambda m, p: GrowthPolicy(max_bytes=float("inf")), "max_bytes: required a number ≥ 1, found inf"),
+        (lambda m, p: inner_hessian(m, "0", p, neurons=[]), "neurons: required indices from 0 to 3 of 0, found"),
+        (lambda m, p: inner_hessian(m, "0", p, neurons=[0.5]), "neurons: required indices"),
+        (
+            lambda m, p: inner_hessian(m, find_hidden_layers(m, p)[1], p),
+            "layers: 2: cannot be widened: an output layer",
+        ),
+        (lambda m, p: grow(m, GrowthPlan((), (), ""), "adam"), r"optimizer: required optimizers of torch\.optim"),
+        (lambda m, p: StationarityDetector(15.5), "window: required a whole number of steps"),
+        (lambda m, p: Rewarm(torch.optim.SGD(m.parameters(), 0.1), float("nan")), "steps, start: required whole"),
+    ],
+)
+def test_odd_arguments_are_refused_by_name(call, words):
+    with pytest.raises(SplitWatchError, match=words):
+        call(mlp(), Probe([data()], mse))

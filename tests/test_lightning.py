@@ -544,3 +544,36 @@ def test_on_most_steps_lightning_calls_one_hook(monkeypatch):
     assert called[f"{name}_end"] == 120
     assert len(watch.events) == 2 and called[f"{name}_start"] == len(looked) < 100
     assert max(count for hook, count in called.items() if not hook.startswith(name)) <= 5  # epochs
+
+
+# --- what goes on, and what is exchanged -----------------------------------------------------------------------------
+
+
+def test_fitting_for_longer_goes_on_where_the_run_was():
+    watch, module = SplitWatch(EARLY), Wave()
+    module, trainer = fit([watch], module=module, steps=200)
+    width = module.net[0].out_features
+    assert [event.grown for event in watch.events].count(True) == 1
+    trainer.fit_loop.epoch_loop.max_steps = 400
+    trainer.fit(module, DataLoader(TensorDataset(*make_data()), batch_size=64))
+    assert trainer.global_step == 400
+    assert watch.grower.steps == 400
+    assert [event.grown for event in watch.events].count(True) == 1
+    assert module.net[0].out_features == width > 2
+
+
+class NewOptimizer(pl.Callback):
+    """Another optimizer from the fifth step on."""
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.global_step == 5:
+            trainer.strategy.optimizers = [torch.optim.SGD(module.parameters(), lr=1e-2)]
+
+
+def test_an_optimizer_that_a_callback_made_is_grown_along():
+    watch = SplitWatch(EARLY)
+    module, trainer = fit([watch, NewOptimizer()], steps=150)
+    assert any(event.grown for event in watch.events)
+    (optimizer,) = trainer.optimizers
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert {*map(id, optimizer.param_groups[0]["params"])} == {*map(id, module.parameters())}

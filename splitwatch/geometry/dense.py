@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from splitwatch.geometry.curvature import LayerCurvature
 from splitwatch.geometry.sweep import Sweep
-from splitwatch.layers import find_hidden_layers, select_layers
+from splitwatch.layers import chosen_neurons, one_layer
 from splitwatch.precision import in_full_precision
 from splitwatch.probe import Probe
-from splitwatch.records import HiddenLayer, SplitWatchError
+from splitwatch.records import HiddenLayer
 
 
 @in_full_precision
@@ -51,12 +51,9 @@ def layer_curvature(
     model: nn.Module, layer: HiddenLayer | str, probe: Probe, half: str = "all", neurons: Sequence[int] | None = None
 ) -> LayerCurvature:
     """The curvature of some neurons of one hidden layer, all by default, on one half of the probe."""
-    if isinstance(layer, str):
-        (layer,) = select_layers(find_hidden_layers(model, probe), [layer], to_measure=True)
-    chosen = range(layer.width) if neurons is None else neurons
-    if not all(0 <= r < layer.width for r in chosen):
-        raise SplitWatchError(f"neurons: required indices from 0 to {layer.width - 1}, found {list(chosen)}")
+    layer = one_layer(model, probe, layer)
+    chosen = chosen_neurons(layer, neurons)
     (curvature,) = Sweep(model, probe, [layer], half).curvatures()
     if neurons is None:
         return curvature
-    return curvature.restricted(torch.tensor(list(chosen), device=curvature.outgoing.device))
+    return curvature.restricted(torch.tensor(chosen, device=curvature.outgoing.device))

@@ -17,7 +17,7 @@ from splitwatch.layers import find_hidden_layers, select_layers
 from splitwatch.metrics import HeldOutQuotient
 from splitwatch.precision import in_full_precision
 from splitwatch.probe import Probe
-from splitwatch.records import HiddenLayer, LayerGeometry
+from splitwatch.records import HiddenLayer, LayerGeometry, SplitWatchError
 
 EQUAL = (0.5, 0.5)
 """The coefficients the escape operator is measured for: among two copies they give the coupling its largest weight."""
@@ -65,6 +65,8 @@ def resolve_layers(
     model: nn.Module, probe: Probe, layers: Sequence[str] | Sequence[HiddenLayer] | None
 ) -> tuple[HiddenLayer, ...]:
     """The hidden layers meant by a ``layers`` argument; of records from ``find_hidden_layers``, the growable ones."""
+    if isinstance(layers, str):
+        raise SplitWatchError(f"layers: required a list of layers or their names, found {layers!r}; write [{layers!r}]")
     if layers is not None and all(isinstance(layer, HiddenLayer) for layer in layers):
         records = [layer for layer in layers if isinstance(layer, HiddenLayer)]
         return select_layers(records, None) or select_layers(

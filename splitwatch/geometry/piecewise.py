@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from splitwatch.geometry.weights import incoming_weights, outgoing_weights
-from splitwatch.layers import find_hidden_layers, select_layers
+from splitwatch.layers import chosen_neurons, one_layer
 from splitwatch.precision import in_full_precision
 from splitwatch.probe import Probe
-from splitwatch.records import HiddenLayer, SplitWatchError, UnsupportedLayerError
+from splitwatch.records import HiddenLayer, UnsupportedLayerError
 from splitwatch.trace import LayerTrace
 
 
@@ -89,11 +89,8 @@ def piecewise_layer(
         UnsupportedLayerError: the layer is of another kind.
         SplitWatchError: a neuron does not exist.
     """
-    if isinstance(layer, str):
-        (layer,) = select_layers(find_hidden_layers(model, probe), [layer], to_measure=True)
-    chosen = tuple(range(layer.width) if neurons is None else neurons)
-    if not chosen or not all(0 <= r < layer.width for r in chosen):
-        raise SplitWatchError(f"neurons: required indices from 0 to {layer.width - 1}, found {list(chosen)}")
+    layer = one_layer(model, probe, layer)
+    chosen = tuple(chosen_neurons(layer, neurons))
     seen = _Seen.of(probe.capture(model, [layer], half)[layer.name])
     share = 8 * seen.eps**0.5 if tolerance is None else tolerance
     measured = tuple(seen.neuron(r, share) for r in chosen)

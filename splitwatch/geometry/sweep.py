@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from math import inf
 
 from torch import nn
 
@@ -12,7 +13,7 @@ from splitwatch.geometry.curvature import InnerCurvature, LayerCurvature
 from splitwatch.geometry.response import Pattern
 from splitwatch.probe import Probe
 from splitwatch.ranks import largest_over_ranks, share_of
-from splitwatch.records import HiddenLayer
+from splitwatch.records import HiddenLayer, SplitWatchError
 from splitwatch.trace import LayerTrace
 
 MAX_BYTES = 2**31
@@ -52,6 +53,8 @@ class Sweep:
         self.samples = probe.samples(half)
         self.weight = share_of(self.samples)
         self.sizes: dict[str, int] = {}
+        if not 1 <= max_bytes < inf:
+            raise SplitWatchError(f"max_bytes: required 1 byte or more, found {max_bytes}; {MAX_BYTES} is usual")
         self.patterns: dict[str, Pattern] = {}
         total, largest = probe.footprint(model, half)
         self.pieces = -(-(total + _TEMPORARIES * largest) // max_bytes)

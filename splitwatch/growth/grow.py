@@ -18,6 +18,7 @@ from splitwatch.events import GrowthEvent
 from splitwatch.growth.atomic import all_or_nothing, held_back
 from splitwatch.growth.checkpoint import remember
 from splitwatch.growth.optimizer import exchange
+from splitwatch.growth.replicas import bare_optimizers
 from splitwatch.growth.statistics import moved_channels, renew_statistics
 from splitwatch.growth.surgery import Surgery, prepare
 from splitwatch.growth.widening import IndexMap, submodule, widenings
@@ -60,7 +61,7 @@ def grow(
             cannot be run. Model and optimizers are then as before, as they are after any other failure: tensors,
             optimizer states and sizes are the very objects they were. Ctrl-C waits until a loss is computed.
     """
-    optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+    optimizers = bare_optimizers(optimizers)
     with held_back() as interruptible:
         surgery = prepare(model, plan)
         _check_finite(plan, surgery)

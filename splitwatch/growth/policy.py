@@ -163,7 +163,7 @@ def imported(field: str, given: str | Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check_number(name: str, value: Any, kind: type, least: float, optional: bool) -> None:
-    fine = optional if value is None else isinstance(value, kind) and value >= least
+    fine = optional if value is None else isinstance(value, kind) and least <= value < inf
     if not fine or isinstance(value, bool):
         wanted = "a whole number" if kind is Integral else "a number"
         raise SplitWatchError(f"{name}: required {wanted} ≥ {least:g}{' or None' if optional else ''}, found {value!r}")

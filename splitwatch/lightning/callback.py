@@ -91,7 +91,9 @@ class SplitWatch(Callback):
             _check_control(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin to watch."""
+        """Begin to watch, or go on where the same Trainer fits the same module for longer."""
+        if self.grower is not None and self.grower.model is pl_module and trainer.global_step and not self._saved:
+            self._saved = self.state_dict()
         self.grower = Grower(
             pl_module,
             trainer.optimizers,
@@ -160,6 +162,7 @@ class SplitWatch(Callback):
             self._continue(trainer)
         if self.grower is None or batch_idx % trainer.accumulate_grad_batches:
             return
+        self.grower.use(trainer.optimizers)  # a callback may have made others
         event = self.grower.act()
         self._enough = 1
         self._arm()
@@ -187,9 +190,8 @@ class SplitWatch(Callback):
             return dict(self._saved)
         self._hand_over()
         state = {**self.grower.state_dict(), KEY: recall(self.grower.model) or {}}
-        if rank_count() == 1:
-            return state
-        return state | {"collector": {}, "ranks": gathered({key: state[key] for key in _OWN})}
+        own = {} if rank_count() == 1 else {"collector": {}, "ranks": gathered({key: state[key] for key in _OWN})}
+        return state | own
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until training starts, or goes on."""
@@ -207,8 +209,7 @@ class SplitWatch(Callback):
             logger.log_metrics(scalars, step=step)
             writer = writer_of(logger) if trainer.is_global_zero else None
             if writer is not None:
-                board = self._boards.setdefault(id(logger), TensorBoardSink(writer, scalars=False))
-                board(event, step)
+                self._boards.setdefault(id(logger), TensorBoardSink(writer, scalars=False))(event, step)
 
 
 def training_step_loss(module: nn.Module, batch: Batch) -> Tensor:
@@ -251,21 +252,20 @@ def _check_training_step(module: pl.LightningModule) -> None:
 
 def _check_control(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """Refuse a control where its steps would not be those of the run."""
-    steps = "a step of the control is one gradient of one batch"
+    steps, scaler = (
+        "a step of the control is one gradient of one batch",
+        getattr(trainer.precision_plugin, "scaler", None),
+    )
     for name, good, found in (
         ("automatic_optimization", True, module.automatic_optimization),
         ("accumulate_grad_batches", 1, trainer.accumulate_grad_batches),
         ("gradient_clip_val", "None or 0", trainer.gradient_clip_val or "None or 0"),
-        ("precision", "no gradient scaler", "one" if _scaler(trainer) else "no gradient scaler"),
+        ("precision", "no gradient scaler", "one" if scaler else "no gradient scaler"),
     ):
         if found != good:
             raise SplitWatchError(
                 f"control: required {name} {good}, found {found}; {steps}: leave control out of the policy"
             )
-
-
-def _scaler(trainer: pl.Trainer) -> Any:
-    return getattr(trainer.precision_plugin, "scaler", None)
 
 
 def _training_loss(trainer: pl.Trainer) -> LossFunction:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -46,8 +47,8 @@ class StationarityDetector:
         noise_ratio: float = 1.0,
         suspects: Callable[[tuple[float, ...]], bool] | None = None,
     ) -> None:
-        if window < BLOCKS:
-            raise SplitWatchError(f"window: required at least {BLOCKS} steps, found {window}")
+        if not (isinstance(window, Integral) and window >= BLOCKS):
+            raise SplitWatchError(f"window: required a whole number of steps ≥ {BLOCKS}, found {window}; 200 is usual")
         self.block = window // BLOCKS
         self.tolerance, self.noise_ratio, self.suspects = tolerance, noise_ratio, suspects
         self.reset()
