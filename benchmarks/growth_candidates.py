@@ -47,7 +47,7 @@ def sprouts(run: Run, layer: HiddenLayer, probe: Probe, count: int) -> Iterator[
         found = bed.measure(w)
     for i in range(count):
         at = torch.tensor([i])
-        alone = Seedlings(layer, bed.readers, w[at], found.of(at), found.scores[at], w[:0])
+        alone = Seedlings(layer, 1, bed.readers, w[at], found.of(at), found.scores[at], w[:0])
         for one in promises(run.model, [layer], sized(run.model, [layer], alone.sprouts(), probe), probe):
             yield replace(one.sprout, predicted_decrease=one.decrease(1.0))
 

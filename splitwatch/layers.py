@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def find_hidden_layers(model: nn.Module, probe: Probe) -> tuple[HiddenLayer, ...]:
-    """Every parametrised layer the loss uses, as a hidden layer that can be widened or with the reason why not.
+    """Every parametrised layer, as a hidden layer that can be widened or with the reason why not, such as no use of it.
 
     Args:
         model: any module; it is run once for every kind of batch, in eval mode, and left as it was.

@@ -81,7 +81,8 @@ class GradientNoise(Metric):
     def compute(self) -> dict[str, Tensor]:
         """``gradient_norm``, ``gradient_bound`` (upper) and ``gradient_floor`` (lower) of |E g|, ``gradient_variance``.
 
-        The variance is tr Cov of one sample's gradient. With less than 3 batches the bounds are infinite and zero.
+        The variance is tr Cov of one sample's gradient. With two batches the bounds are infinite and zero, with one
+        nothing is known (nan).
 
         Raises:
             SplitWatchError: nothing was taken.

@@ -118,6 +118,9 @@ class StationarityVerdict:
 class LayerGeometry:
     """Curvature of all m neurons of a hidden layer, fitted on one half of the probe, verified on the other.
 
+    Of every neuron, with d incoming weights (a bias included) and c outgoing ones: the extreme eigenvalues of its inner
+    Hessian (m,) with unit eigenvectors (m, d), ``coupling_norm`` (m,) and the lowest eigenvalue of the escape operator
+    (m,) with ``escape_in`` (m, d) and ``escape_out`` (m, c), in units of the loss per squared unit of the weights.
     ``interval``, ``max_interval`` and ``escape_interval`` (m, 2) are lower and upper held-out confidence bounds, each
     one-sided, of the Rayleigh quotients along ``min_vector``, ``max_vector`` and the escape direction. They take
     samples for independent; all positions of an image or a sequence are one sample. ``residual`` (m, 2) holds the

@@ -196,7 +196,7 @@ def test_some_neurons_in_the_order_asked():
     model, probe = two_layers(3, 5, 2), Probe(batches_of([4, 4], 3, 2), mse)
     whole = inner_hessian(model, "0", probe)
     torch.testing.assert_close(inner_hessian(model, "0", probe, neurons=[4, 1]), whole[[4, 1]], rtol=0, atol=0)
-    with pytest.raises(SplitWatchError, match=r"neurons: required indices from 0 to 4, found \[5\]"):
+    with pytest.raises(SplitWatchError, match=r"neurons: required indices from 0 to 4 of 0, found \[5\]"):
         inner_hessian(model, "0", probe, neurons=[5])
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from splitwatch import Probe, grow, inner_hessian
 from splitwatch.geometry.weights import neuron_weights
 from splitwatch.growth.grow import widened
-from splitwatch.records import GrowthPlan
+from splitwatch.records import GrowthPlan, Split
 
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 PEERS = ("random", "Net2Wider", "S2D", "S3D", "GradMax", "TINY", "Firefly")
@@ -44,9 +44,9 @@ def site_of(bench, model, width, draw, shape=(5,), loss=F.mse_loss):
     return bench("growth_site").Site(model, probe, width, 0, 10**6)
 
 
-def after(site, moves):
+def after(site, moves, half="all"):
     with widened(site.model, GrowthPlan(site.layers, tuple(moves), "")):
-        return site.probe.loss(site.model)
+        return site.probe.loss(site.model, half)
 
 
 def test_silent_neurons_and_copies_keep_the_function(bench, site):
@@ -247,3 +247,16 @@ def test_only_certified_and_signed_splits_leave_minima_of_either_sign(bench, mon
         assert (s2d.curvature < -1e-12) == (sign < 0)
         assert (s2d.final < 1) == (sign < 0)
     assert "1 of 1" in capsys.readouterr().out
+
+
+def test_single_candidates_come_with_what_the_held_out_half_says(bench, site):
+    """What benchmarks/growth_candidates.py ranks: random new neurons and splits, each at a size of its own."""
+    module = bench("growth_candidates")
+    run = type("Run", (), {"model": site.model, "seed": 0})()
+    moves = [*module.sprouts(run, site.layers[0], site.probe, 3), *module.splits(run, site.layers, site.probe)]
+    assert len(moves) > 3
+    before = site.probe.loss(site.model, "held_out")
+    for move in moves:
+        realised, sure = before - after(site, [move], "held_out"), isinstance(move, Split)
+        assert realised * move.predicted_decrease > 0
+        assert not sure or realised == pytest.approx(move.predicted_decrease, rel=1e-4)

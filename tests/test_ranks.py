@@ -161,12 +161,13 @@ def pursued(name, rank=None):
     model, probe = NETWORKS[name](), ragged_probe(rank)
     layers = [layer for layer in find_hidden_layers(model, probe) if layer.growable]
     geometry, found = measure_geometry(model, probe), {}
-    for layer in layers:
+    rooms = pursuit._rooms(model, layers, probe, 2**20)
+    for layer, room in zip(layers, rooms, strict=True):
         bed = Seedbed(model, layer, probe, 5, 2**28)
         w = torch.randn(5, bed.d, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         at = bed.measure(w)
         found[layer.name] = {**dataclasses.asdict(at), "slope": bed.slope(w)}
-        found[layer.name]["room"] = pursuit._room(model, layer, probe, 2**20)
+        found[layer.name]["room"] = room
     plans = {}
     for moves in ("mixed", "sprouts", "even", "certified", "preserve"):
         policy = GrowthPolicy(moves=moves, max_flops=1.8 * count_flops(model, probe), per="flop")

@@ -112,6 +112,8 @@ class GrowthPolicy:
     def __post_init__(self) -> None:
         for name, (kind, least, optional) in _NUMBERS.items():
             _check_number(name, getattr(self, name), kind, least, optional)
+        if not isfinite(self.max_bytes):
+            raise SplitWatchError(f"max_bytes: required a finite number, found {self.max_bytes}; 2**31 is usual")
         _check_names(self.layers)
         _check_coefficients(self.coefficients)
         if self.per not in ("parameter", "neuron", "flop"):
@@ -163,7 +165,7 @@ def imported(field: str, given: str | Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check_number(name: str, value: Any, kind: type, least: float, optional: bool) -> None:
-    fine = optional if value is None else isinstance(value, kind) and least <= value < inf
+    fine = optional if value is None else isinstance(value, kind) and value >= least
     if not fine or isinstance(value, bool):
         wanted = "a whole number" if kind is Integral else "a number"
         raise SplitWatchError(f"{name}: required {wanted} ≥ {least:g}{' or None' if optional else ''}, found {value!r}")
