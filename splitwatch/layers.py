@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple
+from itertools import islice
 from numbers import Integral
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from splitwatch.probe import Probe
 
 
+KINDS = 16
+"""Kinds of batches that are looked at; of more, as where every batch has a name, the first ones."""
+
+
 def find_hidden_layers(model: nn.Module, probe: Probe) -> tuple[HiddenLayer, ...]:
     """Every parametrised layer, as a hidden layer that can be widened or with the reason why not, such as no use of it.
 
@@ -36,7 +41,7 @@ def find_hidden_layers(model: nn.Module, probe: Probe) -> tuple[HiddenLayer, ...
     kinds: dict[object, Batch] = {}
     for batch in probe.half("all"):
         kinds.setdefault(kind(batch), batch)
-    first, *others = (_traced(model, probe, batch) for batch in kinds.values())
+    first, *others = (_traced(model, probe, batch) for batch in islice(kinds.values(), KINDS))
     for other in others:
         first = {name: _agreed(layer, other.get(name)) for name, layer in first.items()}
     return tuple(first.values())

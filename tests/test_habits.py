@@ -29,6 +29,7 @@ from splitwatch.anatomy import flat
 from splitwatch.batches import kind
 from splitwatch.control import Control
 from splitwatch.geometry.narrow import LossCurvature
+from splitwatch.layers import KINDS
 
 SOON = {"window": 10, "tolerance": 1e9, "noise_ratio": 1e9, "max_events": 1, "max_overhead": None, "probe_samples": 64}
 
@@ -458,6 +459,14 @@ def test_several_tasks_can_be_grown_together(moves):
     grow(model, plan, probe=probe)
     assert model.trunk[0].out_features > 4
     assert all(task_loss(model, batch).isfinite() for batch in batches)
+
+
+def test_batches_with_names_are_not_all_looked_at():
+    model, (x, y), seen = mlp(), data(), []
+    batches = [{"x": x[i : i + 2], "y": y[i : i + 2], "file": f"{i}.png"} for i in range(0, 128, 2)]
+    probe = Probe(batches, lambda m, b: seen.append(b["file"]) or F.mse_loss(m(b["x"]), b["y"]))
+    assert find_hidden_layers(model, probe)[0].growable
+    assert len(seen) == KINDS
 
 
 def test_kinds_of_batches_are_told_apart_by_what_a_loss_may_choose_by():
