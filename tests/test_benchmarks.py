@@ -41,6 +41,7 @@ def curvature():
         return [row for name in sections for row in module.SECTIONS[name](clock)]
 
 
+@pytest.mark.slow
 def test_every_network_and_precision_agrees_with_float64(gpu, capsys):
     assert gpu.main(["--device", "cpu", "--quick"]) == 0
     shown = capsys.readouterr().out

@@ -185,6 +185,7 @@ def some():
     return chosen
 
 
+@pytest.mark.slow
 def test_dead_neurons_leave_training_as_it_was():
     rows = some()
     assert len(rows) >= 60

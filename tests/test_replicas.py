@@ -75,6 +75,7 @@ def alone():
     return train(model, optimizer, Grower(model, optimizer, mse, SOON, progress=False))
 
 
+@pytest.mark.slow
 @in_clean_process
 def test_a_wrapped_model_follows_its_growth_with_all_of_its_settings(tmp_path):
     multiprocessing.start_processes(on_rank, (str(tmp_path), SETTINGS), nprocs=2, start_method="fork")

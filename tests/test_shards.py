@@ -125,6 +125,7 @@ def watched(rank, folder):
     return losses
 
 
+@pytest.mark.slow
 @in_clean_process
 def test_what_is_only_watched_keeps_its_shards(tmp_path):
     for losses, bare in on_two(watched, tmp_path):
