@@ -86,6 +86,7 @@ class Grower:
         self.training_loss = training_loss or loss_fn
         self.control: Control | None = None
         self.optimizers: list[Optimizer] = []
+        self.rewarm: list[Rewarm] = []
         self.use(optimizer)
 
     def use(self, optimizer: Optimizer | Iterable[Optimizer]) -> None:

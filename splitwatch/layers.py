@@ -73,8 +73,6 @@ def select_layers(
         UnsupportedLayerError: a named layer cannot be widened (or measured).
     """
     by_name = {layer.name: layer for layer in layers}
-    if isinstance(names, str):
-        raise SplitWatchError(f"layers: required a list of dotted names, found {names!r}; write [{names!r}]")
     if names is None:
         return tuple(layer for layer in by_name.values() if layer.growable)
     for name in names:

@@ -6,7 +6,6 @@ import random
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from operator import is_
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -31,15 +30,8 @@ _COPIES: dict[type, Callable[[Any], Any]] = {
 """How to copy containers that can be filled again, by their exact type: others may do more than hold."""
 
 
-@dataclass(slots=True, eq=False)
-class _Written:
-    """A module's parameters that a run was seen to write to, ``known`` after the first one."""
-
-    names: set[str] = field(default_factory=set)
-    known: bool = False
-
-
-_WRITTEN: WeakKeyDictionary[nn.Module, _Written] = WeakKeyDictionary()
+_WRITTEN: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+"""By module, from its first run on: the names of its parameters that a run was seen to write to."""
 
 
 @contextmanager
@@ -161,15 +153,13 @@ class _Held:
         self._containers: list[tuple[Any, Any]] = []
         self._tensors: list[tuple[Tensor, int, bool, Tensor]] = []
         self._generators: list[tuple[torch.Generator, Tensor]] = []
-        self._parameters: list[tuple[_Written, str, nn.Parameter, int, Tensor | None]] = []
-        self._firsts: set[_Written] = set()
+        self._parameters: list[tuple[nn.Module, str, nn.Parameter, int, Tensor | None, bool]] = []
         for module in model.modules():
-            own, written = vars(module), _WRITTEN.setdefault(module, _Written())
+            own, written = vars(module), _WRITTEN.get(module)
             for name, p in module._parameters.items():
                 if p is not None and not p.is_inference():
-                    self._parameters.append((written, name, p, p._version, self._values(p, written, name)))
-            if not written.known:
-                self._firsts.add(written)
+                    kept = self._values(p, written, name)
+                    self._parameters.append((module, name, p, p._version, kept, written is None))
             self._names.append((own, own.copy()))
             self._keep(module._buffers)
             for name in own.keys() - _STANDARD:
@@ -210,22 +200,20 @@ class _Held:
             for tensor, version, requires_grad, value in self._tensors:
                 if tensor._version != version:
                     (tensor if tensor.requires_grad == requires_grad else tensor.detach_()).copy_(value)
-        for written, name, parameter, version, value in self._parameters:
-            first = written in self._firsts
+        for module, name, parameter, version, value, first in self._parameters:
+            written = _WRITTEN.setdefault(module, set())
             if value is not None and not (first and torch.equal(parameter.detach().cpu(), value)):
                 parameter.data.copy_(value)
-                written.names.add(name)
+                written.add(name)
             elif parameter._version != version:
-                written.names.add(name)
-        for written in self._firsts:
-            written.known = True
+                written.add(name)
 
     @staticmethod
-    def _values(parameter: nn.Parameter, written: _Written, name: str) -> Tensor | None:
+    def _values(parameter: nn.Parameter, written: set[str] | None, name: str) -> Tensor | None:
         """A copy: of every parameter for the first run, in the host's memory, then of those that were written to."""
-        if not written.known:
+        if written is None:
             return parameter.detach().to("cpu", copy=True)
-        return parameter.detach().clone() if name in written.names else None
+        return parameter.detach().clone() if name in written else None
 
 
 def _same(now: Any, before: Any) -> bool:

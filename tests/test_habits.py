@@ -734,6 +734,7 @@ def test_an_optimizer_of_a_later_phase_is_grown_along():
     assert {*map(id, later.param_groups[0]["params"])} == {*map(id, model.parameters())}
     with pytest.raises(SplitWatchError, match="optimizer: required one or more, found none"):
         grower.use([])
+    assert Grower(model, [], mse, monitor_only=True).state_dict()["rewarm"] == []
 
 
 @pytest.mark.parametrize(

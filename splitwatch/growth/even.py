@@ -137,7 +137,7 @@ def _stepped(
         return before[half] - loss if isfinite(loss) else -inf
 
     least = decrease("held_out", silent) if plan.moves else 0.0
-    tried = ((at(part), decrease("held_out", at(part))) for part in (PARTS if step else ()))
+    tried = ((one, decrease("held_out", one)) for one in map(at, PARTS if step else ()))
     chosen, falls = next((one for one in tried if one[1] > least), (silent, least))
     if not (chosen.step or plan.moves):
         return silent

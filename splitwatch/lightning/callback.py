@@ -252,10 +252,8 @@ def _check_training_step(module: pl.LightningModule) -> None:
 
 def _check_control(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """Refuse a control where its steps would not be those of the run."""
-    steps, scaler = (
-        "a step of the control is one gradient of one batch",
-        getattr(trainer.precision_plugin, "scaler", None),
-    )
+    steps = "a step of the control is one gradient of one batch"
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
     for name, good, found in (
         ("automatic_optimization", True, module.automatic_optimization),
         ("accumulate_grad_batches", 1, trainer.accumulate_grad_batches),
