@@ -298,26 +298,54 @@ def test_averages_of_values_follow_the_split_itself(monkeypatch):
         assert torch.equal(optimizer.state[parameter]["master"], parameter)
 
 
+def grown_in_training(make, plan, steps=200):
+    """A network widened in the middle of training, its optimizer, and the batches that come next."""
+    model, (*before, after) = Network(), batches(steps + 1)
+    optimizer = make(model.parameters())
+    for batch in before:
+        advance(model, optimizer, batch)
+    grow(model, plan, optimizer)
+    return model, optimizer, after
+
+
+def advance(model, optimizer, batch):
+    optimizer.zero_grad()
+    loss_of(model, batch).backward()
+    optimizer.step()
+
+
 @pytest.mark.parametrize(
     ("make", "key", "begin"),
     [
         (lambda p: optim.Rprop(p, 0.02), "step_size", 0.02),
         (lambda p: optim.Adagrad(p, 0.02, initial_accumulator_value=0.3), "sum", 0.3),
+        (lambda p: optim.Adam(p, 0.02), "exp_avg", 0.0),
         (lambda p: optim.Adam(p, 0.02), "exp_avg_sq", 0.0),
     ],
 )
 def test_states_of_new_neurons_begin_as_those_of_new_parameters(make, key, begin):
-    model = Network()
-    optimizer = make(model.parameters())
-    for batch in batches(3):
-        optimizer.zero_grad()
-        loss_of(model, batch).backward()
-        optimizer.step()
-    grow(model, dead_neurons(), optimizer)
+    """But for how large past gradients of outgoing weights were: as large as the others' in the mean."""
+    model, optimizer, _ = grown_in_training(make, dead_neurons())
     hidden, reader = (optimizer.state[model.top[i].weight][key] for i in (0, 4))
     assert float(hidden[-1].min()) == float(hidden[-1].max()) == pytest.approx(begin)
-    assert float(reader[:, -1].min()) == float(reader[:, -1].max()) == pytest.approx(begin)
     assert float((hidden[:-1] - begin).abs().max()) > 1e-9
+    first = (
+        reader[:, :-1].sqrt().mean(1).square() if carrying.STATES[key] is carrying.SQUARE else torch.full((2,), begin)
+    )
+    torch.testing.assert_close(reader[:, -1], first.double(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "RMSprop"])
+def test_new_outgoing_weights_do_not_start_with_steps_that_others_never_make(name):
+    """With sizes of gradients at zero and no bias correction left, Adam's first step was three times the rate."""
+    moves = (Sprout("top.2", torch.ones(5), torch.zeros(2)),)
+    make = lambda p: getattr(optim, name)(p, lr=0.02)  # noqa: E731
+    model, optimizer, batch = grown_in_training(make, GrowthPlan(layers(), moves, "one sprout"))
+    reader = model.top[4].weight
+    before = reader.detach().clone()
+    advance(model, optimizer, batch)
+    steps = (reader.detach() - before).abs()
+    assert 0 < float(steps[:, -1].max()) <= 1.5 * float(steps[:, :-1].max())
 
 
 if __name__ == "__main__":

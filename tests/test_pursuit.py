@@ -284,6 +284,24 @@ def test_features_that_hardly_fire_get_no_large_weights():
     assert chosen.tolist() == [1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1e-3, 1e-6])
+def test_neurons_that_have_shrunk_to_nothing_get_no_large_weights(size, dtype):
+    """They span a direction like any other; a multiple of theirs in what takes φ − φ⊥ out was 1 / size."""
+    model, probe = settled(width=4, n=2000, dtype=dtype)
+    with torch.no_grad():
+        model[0].weight[1] *= size
+        model[0].bias[1] *= size
+        model[2].weight[:, 1] = 0
+    largest = model[2].weight.abs().max()
+    geometry = measure_geometry(model, probe, layers := growable(model, probe))
+    for moves in ("even", "mixed"):
+        plan = plan_growth(model, geometry, probe, GrowthPolicy(moves=moves, max_ratio=2), layers=layers)
+        with widened(model, plan):
+            assert any(isinstance(move, Sprout) and move.outgoing.any() for move in plan.moves)
+            assert model[2].weight.abs().max() <= 10 * largest
+
+
 def test_repeated_features_are_chosen_once():
     model, probe = settled()
     bed = Seedbed(model, only(model, probe, "0"), probe, 8, BYTES)

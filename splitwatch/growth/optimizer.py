@@ -42,6 +42,9 @@ STATES: dict[str, Scale] = {
 }
 """How states of the parameter's shape follow the gain of past gradients, by name; add those of your own optimizer."""
 
+_SIZES = {SQUARE, ABSOLUTE}
+"""How states follow that tell how large past gradients were."""
+
 _NORMALISED: dict[tuple[type[Optimizer], str], Scale] = {(RMSprop, "momentum_buffer"): SIGN}
 """States that hold gradients divided by their own size."""
 
@@ -133,5 +136,6 @@ def _carry(optimizer: Optimizer, group: dict[str, Any], key: str, value: Tensor,
         carried = item.carry_value(value)
     else:
         scale = _NORMALISED.get((type(optimizer), key)) or STATES[key]
-        carried = item.carry_gradient(value, scale, float(group.get(_FRESH.get(key, ""), 0.0)))
+        carry = item.carry_size if scale in _SIZES else item.carry_gradient
+        carried = carry(value, scale, float(group.get(_FRESH.get(key, ""), 0.0)))
     return laid_out_like(value, carried.to(value.dtype))

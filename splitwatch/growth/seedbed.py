@@ -35,6 +35,11 @@ from splitwatch.trace import LayerTrace
 RESOLUTION = 1e-6
 """Eigenvalues of the existing features' correlations that count as zero, relative to the largest."""
 
+FAINT = 0.01
+"""Existing neurons with features this small, relative to the largest, count as none. To take part in what the others
+make they would need outgoing weights that no training recovers from: one that had shrunk to 1e-6 was given 30,000.
+"""
+
 RIDGE = 0.1
 """Ridge on the outgoing weights relative to ‖φ‖². Features of which existing ones leave a hundredth would get a tenfold
 weight for what may be noise; losses after growth scattered so widely without it that some runs never recovered."""
@@ -144,7 +149,9 @@ class Seedbed:
         self.beds, self.whole = _shared(self.beds), True  # all of what the Gram matrix below is of
         gram = sum(_weight(bed) * bed.features.double().T @ bed.features.double() for bed in self.beds)
         gram = summed(torch.as_tensor(gram))
-        self.inverse, self.largest = _pseudo_inverse(gram), gram.diagonal()[: layer.width].max()  # φ²
+        square = gram.diagonal()[: layer.width]  # φ²
+        self.largest = square.max()
+        self.inverse = _pseudo_inverse(gram, torch.nonzero(square < FAINT**2 * self.largest))
         self.small = (SMALL * self.largest / incoming.double().square().sum(1).max()).nan_to_num(0, 0, 0)
         slope = summed(torch.as_tensor(sum(bed.share * bed.gain.double() for bed in self.beds)))
         self.known = self.inverse @ slope  # what the existing weights would do about their own slope, (b, c)
@@ -272,9 +279,9 @@ def _weight(bed: _Bed) -> float:
     return bed.share / bed.trace.size
 
 
-def _pseudo_inverse(gram: Tensor) -> Tensor:
-    """A⁺ of a Gram matrix of features, whatever their scales."""
+def _pseudo_inverse(gram: Tensor, without: Tensor) -> Tensor:
+    """A⁺ of a Gram matrix of features, whatever their scales, zero for some."""
     scale = gram.diagonal().sqrt()
-    scale = torch.where(scale > 0, 1 / scale, 0)
+    scale = torch.where(scale > 0, 1 / scale, 0).index_fill(0, without.flatten(), 0)
     scale = scale[:, None] * scale
     return torch.linalg.pinv(gram * scale, rtol=RESOLUTION, hermitian=True) * scale

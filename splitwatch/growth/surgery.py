@@ -42,6 +42,19 @@ class Replacement:
             tensor = index(tensor, scale(gradient), default)
         return tensor
 
+    def carry_size(self, tensor: Tensor, scale: Callable[[Tensor], Tensor], begin: float) -> Tensor:
+        """Squares or sizes of past gradients in the new shape; those of a sprout are the others' in the mean.
+
+        Times its factor, that is, which is zero for incoming weights: their gradients are of the size of what the
+        outgoing ones become. ``begin`` is the least. Outgoing weights that begin at zero would make steps several times
+        as long as all others for hundreds of steps, where an optimizer corrects for its age and not for theirs.
+        """
+        for index, gradient, _ in self.maps:
+            factor, usual = scale(gradient), index.blocks(tensor).sqrt().mean(0).square()
+            new = as_column(factor[index.source < 0], usual[None]) * usual
+            tensor = index(tensor, factor, new.clamp(min=begin))
+        return tensor
+
     def carry_value(self, tensor: Tensor) -> Tensor:
         """An average of the parameter's values of the old shape in the new shape."""
         for index, _, value in self.maps:
