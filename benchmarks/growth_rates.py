@@ -49,7 +49,7 @@ def row(cell: Cell, found: dict[tuple[str, int], Runs]) -> list[str]:
         return geometric(found[which], "final loss")
 
     def told(which: tuple[str, int]) -> str:
-        return f"{which[0].removeprefix('fixed ')} × {which[1]}: {geometric(found[which], 'final'):.3g}"
+        return f"{geometric(found[which], 'final'):.3g} at × {which[1]}"
 
     fixed = [min(((f"fixed {width}", f) for f in FACTORS), key=loss) for width in cell.widths]
     best = min(fixed, key=loss)
@@ -59,7 +59,7 @@ def row(cell: Cell, found: dict[tuple[str, int], Runs]) -> list[str]:
     ratios = [a / one["final"] for a, one in zip(grown, found[best], strict=True)]
     below = sum(a < min(others) for a, *others in zip(grown, *errors, strict=True))
     shares = [f"{median(ratios):.2f}", f"{max(ratios):.2f}", f"{below} of {len(grown)}"]
-    return [cell.name, told(best), told(random)[len("random ") :], told(mine)[len(MINE) + 1 :], *shares]
+    return [cell.name, f"{best[0].removeprefix('fixed ')}: {told(best)}", told(random), told(mine), *shares]
 
 
 def main() -> None:
