@@ -28,7 +28,7 @@ from splitwatch.growth.cost import duplicate
 from splitwatch.growth.grow import count_parameters, widened
 from splitwatch.growth.pursuit import lowest, pursue, rebalance, sized
 from splitwatch.growth.search import scale, searched
-from splitwatch.growth.seedbed import RIDGE, SMALL, THRESHOLD, Seedbed
+from splitwatch.growth.seedbed import RESOLUTION, RIDGE, SMALL, THRESHOLD, Seedbed
 from splitwatch.records import GrowthPlan, Split, Sprout, UnsupportedLayerError
 
 torch.set_num_threads(1)
@@ -213,11 +213,16 @@ def test_new_neurons_are_as_steep_as_the_target_asks(size, steep, expected):
 
     old = torch.cat([model[0].weight, model[0].bias[:, None]], dim=1).detach()
     per_weight = features[:, :-1].square().mean(0).max() / old.square().sum(1).max()
+    scaled = features / features.norm(dim=0)
+
+    def explained_by_old(target):
+        """Directions in which the existing features hardly differ explain nothing."""
+        return scaled @ torch.linalg.lstsq(scaled, target, rcond=RESOLUTION**0.5, driver="gelsd").solution
 
     def together(factor):
         """Ridge and all, as the greedy choice of one after the other reaches it in the end."""
         new = torch.tanh(F.linear(x, factor * w[:TRIED, :-1], factor * w[:TRIED, -1]))
-        left = new - features @ torch.linalg.lstsq(features, new).solution
+        left = new - explained_by_old(new)
         floor = SMALL * per_weight * factor**2 * w[:TRIED].square().sum(1)
         gram = left.T @ left / len(x) + RIDGE * (new.square().mean(0) + floor).diag()
         gain = 2 * left.T @ (features @ torch.linalg.lstsq(features, y).solution - y) / len(x)
@@ -284,15 +289,26 @@ def test_features_that_hardly_fire_get_no_large_weights():
     assert chosen.tolist() == [1]
 
 
+def shrunk(model, size):
+    """The second neuron next to nothing: a multiple of it in what takes φ − φ⊥ out was 1 / size."""
+    model[0].weight[1] *= size
+    model[0].bias[1] *= size
+    model[2].weight[:, 1] = 0
+
+
+def alike(model, size):
+    """The second neuron next to the first: of their difference that multiple was 1 / size."""
+    model[0].weight[1] = model[0].weight[0] + size * model[0].weight[1]
+    model[0].bias[1] = model[0].bias[0]
+    model[2].weight[:, :2] /= 2
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("size", [1e-3, 1e-6])
-def test_neurons_that_have_shrunk_to_nothing_get_no_large_weights(size, dtype):
-    """They span a direction like any other; a multiple of theirs in what takes φ − φ⊥ out was 1 / size."""
+@pytest.mark.parametrize(("change", "size"), [(shrunk, 1e-3), (shrunk, 1e-6), (alike, 1e-2)])
+def test_existing_neurons_that_hardly_span_a_direction_get_no_large_weights(change, size, dtype):
     model, probe = settled(width=4, n=2000, dtype=dtype)
     with torch.no_grad():
-        model[0].weight[1] *= size
-        model[0].bias[1] *= size
-        model[2].weight[:, 1] = 0
+        change(model, size)
     largest = model[2].weight.abs().max()
     geometry = measure_geometry(model, probe, layers := growable(model, probe))
     for moves in ("even", "mixed"):

@@ -32,8 +32,11 @@ from splitwatch.ranks import everywhere, is_first, summed, summed_number
 from splitwatch.records import GrowthPlan, HiddenLayer, Sprout
 from splitwatch.trace import LayerTrace
 
-RESOLUTION = 1e-6
-"""Eigenvalues of the existing features' correlations that count as zero, relative to the largest."""
+RESOLUTION = 1e-3
+"""Eigenvalues of the existing features' correlations that count as zero, relative to the largest.
+
+At 1e-6 neurons that are nearly alike came away with outgoing weights many times as large as before, of opposite signs.
+"""
 
 FAINT = 0.01
 """Existing neurons with features this small, relative to the largest, count as none. To take part in what the others
