@@ -15,7 +15,7 @@ from splitwatch.growth.plan import plan_growth
 from splitwatch.growth.policy import GrowthPolicy
 from splitwatch.layers import find_hidden_layers
 from splitwatch.probe import Probe
-from splitwatch.records import GrowthPlan, Split, SplitWatchError, UnsupportedLayerError
+from splitwatch.records import GrowthPlan, Split, SplitWatchError, Sprout, UnsupportedLayerError
 
 torch.set_num_threads(1)
 
@@ -450,6 +450,10 @@ MOVES = {
     "coefficients": (split("0", 0, 4, 2, (0.5, 0.6)), "coefficients that sum to 1"),
     "one coefficient": (split("0", 0, 4, 2, (1.0,)), "two or more coefficients"),
     "shapes": (split("0", 0, 3, 2), "plan: required weights of shapes"),
+    "biases": (
+        Sprout("0", torch.ones(4), torch.ones(2), biases=torch.ones(3)),
+        r"found .*\(3,\).* its consumers 2 biases",
+    ),
     "other layer": (split("2", 0, 3, 2), "plan: required moves in its own layers"),
 }
 

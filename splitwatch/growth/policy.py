@@ -168,7 +168,10 @@ def _check_number(name: str, value: Any, kind: type, least: float, optional: boo
     fine = optional if value is None else isinstance(value, kind) and value >= least
     if not fine or isinstance(value, bool):
         wanted = "a whole number" if kind is Integral else "a number"
-        raise SplitWatchError(f"{name}: required {wanted} ≥ {least:g}{' or None' if optional else ''}, found {value!r}")
+        more = " or None" if optional else ""
+        raise SplitWatchError(
+            f"{name}: required {wanted} ≥ {least:g}{more}, found {value!r}; leave it out for the default"
+        )
 
 
 def _check_coefficients(given: Any) -> None:

@@ -97,7 +97,9 @@ def widenings(model: nn.Module, plan: GrowthPlan) -> tuple[Widening, ...]:
     moves: dict[str, list[Split | Sprout]] = defaultdict(list)
     for move in plan.moves:
         if move.layer not in layers:
-            raise SplitWatchError(f"plan: required moves in its own layers {[*layers]}, found {move.layer!r}")
+            raise SplitWatchError(
+                f"plan: required moves in its own layers {[*layers]}, found {move.layer!r}; add it, or leave them out"
+            )
         moves[move.layer].append(move)
     return tuple(_widening(model, layers[name], items) for name, items in moves.items())
 
@@ -113,11 +115,11 @@ class _Neuron:
 
 
 def _widening(model: nn.Module, layer: HiddenLayer, moves: Sequence[Split | Sprout]) -> Widening:
-    d, c = _sizes(model, layer)
+    d, c, biases = _sizes(model, layer)
     neurons = [_Neuron(r, 1.0) for r in range(layer.width)]
     split: set[int] = set()
     for move in moves:
-        _check_move(move, layer, d, c, split)
+        _check_move(move, layer, (d, c, biases), split)
         if isinstance(move, Sprout):
             neurons.append(_Neuron(-1, 0.0, move.incoming, move.outgoing))
             continue
@@ -167,12 +169,15 @@ def _by_group(layer: HiddenLayer, source: Sequence[int]) -> list[int]:
     return sorted(range(len(source)), key=group.__getitem__)
 
 
-def _check_move(move: Split | Sprout, layer: HiddenLayer, d: int, c: int, split: set[int]) -> None:
+def _check_move(move: Split | Sprout, layer: HiddenLayer, sizes: tuple[int, int, int], split: set[int]) -> None:
+    d, c, biases = sizes
     if isinstance(move, Sprout):
         found, required = (tuple(move.incoming.shape), tuple(move.outgoing.shape)), ((d,), (c,))
         if move.others is not None:
             found += tuple(tuple(factor.shape) for factor in move.others)
             required += (layer.width, rank := len(move.others[1])), (rank, c)
+        if move.biases is not None:
+            found, required = (*found, tuple(move.biases.shape)), (*required, (biases,))
         if layer.depthwise:
             raise UnsupportedLayerError(f"plan: a sprout in {layer.name} has no kernel for its depthwise convolution")
         if layer.groups > 1:
@@ -182,17 +187,23 @@ def _check_move(move: Split | Sprout, layer: HiddenLayer, d: int, c: int, split:
         found, required = (tuple(move.in_offset.shape), tuple(move.out_offset.shape)), ((k, d), (k, c))
         if not 0 <= move.neuron < layer.width or move.neuron in split:
             raise SplitWatchError(
-                f"plan: required each neuron of {layer.name} (0 … {layer.width - 1}) at most once, found {move.neuron}"
+                f"plan: required each neuron of {layer.name} (0 … {layer.width - 1}) at most once, "
+                f"found {move.neuron}; one split makes as many copies of a neuron as it has coefficients"
             )
         if k < 2 or abs(sum(move.coefficients) - 1) > 1e-9:
-            raise SplitWatchError(f"plan: required two or more coefficients that sum to 1, found {move.coefficients}")
+            raise SplitWatchError(
+                f"plan: required two or more coefficients that sum to 1, found {move.coefficients}; (0.5, 0.5) fits"
+            )
     if found != required:
-        raise SplitWatchError(f"plan: required weights of shapes {required} in {layer.name}, found {found}")
+        raise SplitWatchError(
+            f"plan: required weights of shapes {required} in {layer.name}, found {found}; a neuron has {d} incoming "
+            f"and {c} outgoing ones here, and its consumers {biases} biases"
+        )
 
 
-def _sizes(model: nn.Module, layer: HiddenLayer) -> tuple[int, int]:
-    """Incoming and outgoing weights of one neuron, after checking that the layer is as the plan found it."""
-    d = c = 0
+def _sizes(model: nn.Module, layer: HiddenLayer) -> tuple[int, int, int]:
+    """Incoming and outgoing weights of a neuron and its consumers' biases; checks that the layer is as planned for."""
+    d = c = biases = 0
     for name in layer.producers:
         weight = _weight(model, name)
         if len(weight) != layer.width:
@@ -209,7 +220,8 @@ def _sizes(model: nn.Module, layer: HiddenLayer) -> tuple[int, int]:
                 f"found {weight.shape[1] * consumer.groups}; the model changed since the plan was made, plan again"
             )
         c += consumer.stride * (len(weight) // consumer.groups) * weight.shape[2:].numel()
-    return d, c
+        biases += 0 if (bias := getattr(submodule(model, consumer.name), "bias", None)) is None else len(bias)
+    return d, c, biases
 
 
 def submodule(model: nn.Module, name: str) -> Any:
