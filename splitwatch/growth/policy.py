@@ -83,7 +83,7 @@ class GrowthPolicy:
             the same batches; then both are compared. It takes as long again as these steps, and the memory of a second
             network with its optimizer, and changes nothing else.
         rewarm: training steps over which the learning rates of all optimizers grow back from a tenth of what schedulers
-            say after each growth, see ``Rewarm``.
+            say after each growth, where the wider network might not bear them at once; see ``Rewarm``.
         detector: a function of your own, or its "module:function", in place of the loss trend and ``tolerance``:
             ``detector(losses)`` says of ten mean losses, each of a tenth of the window and over all processes, whether
             the gradient is to be tested. ``noise_ratio=inf`` lets every gradient pass that test.
