@@ -21,7 +21,7 @@ import argparse
 import importlib.util
 import json
 import multiprocessing
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ def applies(cell: Cell, method: str) -> bool:
     return (cell.plain or method not in PLAIN) and not (cell.regression and method.endswith("longer"))
 
 
-def run_all(todo: Sequence[Key], path: Path, workers: int) -> list[str]:
+def run_all(todo: Sequence[Key], path: Path, workers: int, one: Callable[[str, str, int], dict[str, Any]]) -> list[str]:
     """Run what is to do, in the order of the list; returns what failed, which a later call tries again."""
     failed: list[str] = []
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.report:
         done = {key(result) for result in results}
         todo = [task for task in tasks(cells, methods, args.seeds) if task not in done]
-        failed = run_all(todo, args.results, args.workers)
+        failed = run_all(todo, args.results, args.workers, one)
         print(*(f"failed: {line}" for line in failed), sep="\n")
     names = {cell.name for cell in cells}
     results = [r for r in stored(args.results) if r["cell"] in names and r["seed"] < args.seeds]

@@ -11,22 +11,20 @@ metric, geometric means over seeds; ratios are of the same seed. All spend the s
 from __future__ import annotations
 
 import argparse
-import math
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
+from collections import defaultdict
 from dataclasses import replace
+from functools import partial
+from math import inf, isfinite
 from pathlib import Path
-from statistics import fmean, median
+from statistics import geometric_mean, median
 from typing import Any
 
-from growth import DOCS, key, store, stored
+from growth import DOCS, key, run_all, stored
 from growth_cells import BY_NAME, CELLS, Cell
 from growth_methods import OWN
+from growth_remedies import rewarm
 from growth_report import markdown, put_section
-from growth_run import Run, execute
-from tqdm import tqdm
-
-from splitwatch import Rewarm
+from growth_run import execute
 
 FACTORS = (1, 3, 10)
 MINE = next(iter(OWN))
@@ -34,56 +32,55 @@ REWARMED = f"{MINE}, rewarmed"
 GROWN = ("random", MINE, REWARMED)
 KEPT = ("cell", "seed", "final", "final loss", "area")
 Runs = list[dict[str, Any]]
-Which = tuple[str, int]
-"""A method and the factor of its rate."""
 
 
-def rewarm(run: Run) -> None:
-    Rewarm(run.optimizer, 200).begin()
+def methods(cell: Cell) -> list[str]:
+    return [*(f"fixed {width}" for width in cell.widths), *GROWN]
 
 
-def run(task: tuple[str, Which, int]) -> dict[str, Any]:
+def at_rates(method: str) -> list[str]:
+    """What a method is called in the results, by the factor of its rate."""
+    return [f"{method} × {factor}" for factor in FACTORS]
+
+
+def one(cell: str, which: str, seed: int) -> dict[str, Any]:
     """What is kept of one run."""
-    name, (method, factor), seed = task
-    cell = replace(BY_NAME[name], rate=factor * BY_NAME[name].rate)
-    own, after = (MINE, rewarm) if method == REWARMED else (method, None)
-    result = execute(cell, own, seed, after=after)
-    return {"method": told((method, factor))} | {kept: result[kept] for kept in KEPT}
+    method, factor = which.split(" × ")
+    changed = replace(BY_NAME[cell], rate=int(factor) * BY_NAME[cell].rate)
+    own, after = (MINE, partial(rewarm, steps=200)) if method == REWARMED else (method, None)
+    result = execute(changed, own, seed, after=after)
+    return {"method": which} | {kept: result[kept] for kept in KEPT}
 
 
-def told(which: Which) -> str:
-    return f"{which[0]} × {which[1]}"
+def mean(runs: Runs, of: str) -> float:
+    """Geometric, and infinite where a run diverged."""
+    values = [run[of] for run in runs]
+    return geometric_mean(values) if all(map(isfinite, values)) else inf
 
 
-def geometric(runs: Runs, of: str) -> float:
-    """A mean that is infinite where a run diverged."""
-    values = [one[of] for one in runs]
-    return math.exp(fmean(map(math.log, values))) if all(map(math.isfinite, values)) else math.inf
+def row(cell: Cell, found: dict[str, Runs]) -> list[str]:
+    """The best rate of every method, and how growing runs compare with the fixed widths' at theirs."""
 
+    def loss(which: str) -> float:
+        return mean(found[which], "final loss")
 
-def row(cell: Cell, found: dict[Which, Runs]) -> list[str]:
-    """The best rate of every method, and how splitwatch's runs compare with the fixed widths' at theirs."""
+    def told(which: str) -> str:
+        return f"{mean(found[which], 'final'):.3g} at × {which.split(' × ')[1]}"
 
-    def loss(which: Which) -> float:
-        return geometric(found[which], "final loss")
+    def errors(which: str) -> list[float]:
+        return [run["final"] for run in found[which]]
 
-    def best(method: str) -> Which:
-        return min(((method, factor) for factor in FACTORS), key=loss)
+    best = [min(at_rates(method), key=loss) for method in methods(cell)]
+    fixed, grown = best[: len(cell.widths)], best[len(cell.widths) :]
+    width = min(fixed, key=loss)
+    lowest = [min(seed) for seed in zip(*map(errors, fixed), strict=True)]
 
-    def error(which: Which) -> str:
-        return f"{geometric(found[which], 'final'):.3g} at × {which[1]}"
+    def against(which: str) -> str:
+        ratios = [a / b for a, b in zip(errors(which), errors(width), strict=True)]
+        below = sum(a < b for a, b in zip(errors(which), lowest, strict=True))
+        return f"{median(ratios):.2f}, {below} of {len(ratios)}"
 
-    def against(which: Which) -> str:
-        runs = [one["final"] for one in found[which]]
-        ratios = [a / one["final"] for a, one in zip(runs, found[one_width], strict=True)]
-        below = sum(a < min(others) for a, *others in zip(runs, *errors, strict=True))
-        return f"{median(ratios):.2f}, {below} of {len(runs)}"
-
-    fixed = [best(f"fixed {width}") for width in cell.widths]
-    one_width, grown = min(fixed, key=loss), [best(method) for method in GROWN]
-    errors = [[one["final"] for one in found[which]] for which in fixed]
-    width = one_width[0].removeprefix("fixed ")
-    return [cell.name, f"{width}: {error(one_width)}", *map(error, grown), *map(against, grown)]
+    return [cell.name, f"{width.split()[1]}: {told(width)}", *map(told, grown), *map(against, grown)]
 
 
 def main() -> None:
@@ -95,20 +92,16 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=DOCS / "results" / "growth_rates.jsonl")
     args = parser.parse_args()
     cells = [BY_NAME[name] for name in args.cells if BY_NAME[name].available]
-    which = {c: [(m, f) for m in (*(f"fixed {w}" for w in c.widths), *GROWN) for f in FACTORS] for c in cells}
-    tasks = [(cell.name, one, seed) for seed in range(args.seeds) for cell in cells for one in which[cell]]
+    which = [(cell.name, label) for cell in cells for method in methods(cell) for label in at_rates(method)]
     done = {key(result) for result in stored(args.results)}
-    todo = [task for task in tasks if (task[0], told(task[1]), task[2]) not in done]
-    with ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for result in tqdm(pool.map(run, todo), total=len(todo), unit="run"):
-            store(args.results, [result])
-    runs = [result for result in stored(args.results) if result["seed"] < args.seeds]
-    rows = []
-    for cell in cells:
-        mine = [result for result in runs if result["cell"] == cell.name]
-        rows.append(row(cell, {one: [r for r in mine if r["method"] == told(one)] for one in which[cell]}))
+    todo = [task for seed in range(args.seeds) for pair in which if (task := (*pair, seed)) not in done]
+    print(*(f"failed: {line}" for line in run_all(todo, args.results, args.workers, one)), sep="\n")
+    found: dict[str, dict[str, Runs]] = defaultdict(lambda: defaultdict(list))
+    for result in sorted(stored(args.results), key=lambda result: result["seed"]):
+        if result["seed"] < args.seeds:
+            found[result["cell"]][result["method"]].append(result)
     head = ["", "best fixed width", *GROWN, *(f"{method}: over the best width, below every" for method in GROWN)]
-    print(text := markdown(head, rows))
+    print(text := markdown(head, [row(cell, found[cell.name]) for cell in cells]))
     if args.write:
         about = f"`python benchmarks/growth_rates.py`; {args.seeds} seeds; factor of the rate, final test metric."
         put_section(DOCS / "performance.md", "Tuned rates", f"{about}\n\n{text}")

@@ -42,8 +42,8 @@ def shrink_and_perturb(run: Run) -> None:
             p.mul_(0.5).add_(q, alpha=0.5)
 
 
-def rewarm(run: Run) -> None:
-    Rewarm(run.optimizer, 50).begin()
+def rewarm(run: Run, steps: int = 50) -> None:
+    Rewarm(run.optimizer, steps).begin()
 
 
 def earlier(cell: Cell) -> Cell:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from splitwatch.grouped import by_channel, by_output
-from splitwatch.growth.widening import IndexMap, Widening, as_column, submodule, widenings
+from splitwatch.growth.widening import IndexMap, Widening, as_column, biased_consumers, submodule, widenings
 from splitwatch.handlers import Fields, columns, rows
 from splitwatch.records import GrowthPlan, HiddenLayer
 from splitwatch.undisturbed import check_whole
@@ -239,7 +239,7 @@ def _edits(model: nn.Module, widening: Widening) -> Iterator[tuple[_Edit, tuple[
 
 def _bias_edits(model: nn.Module, layer: HiddenLayer, changes: Tensor) -> Iterator[tuple[_Edit, tuple[str, ...]]]:
     """Changes of the consumers' biases, which keep their sizes."""
-    biased = [module for c in layer.consumers if (module := submodule(model, c.name)).bias is not None]
+    biased = biased_consumers(model, layer)
     for module, change in zip(biased, changes.split([len(module.bias) for module in biased]), strict=True):
         still = IndexMap(torch.arange(len(change)), len(change))
         yield _Edit(module, "bias", still, torch.ones(len(change), dtype=torch.float64), change), ()

@@ -203,7 +203,7 @@ def _check_move(move: Split | Sprout, layer: HiddenLayer, sizes: tuple[int, int,
 
 def _sizes(model: nn.Module, layer: HiddenLayer) -> tuple[int, int, int]:
     """Incoming and outgoing weights of a neuron and its consumers' biases; checks that the layer is as planned for."""
-    d = c = biases = 0
+    d = c = 0
     for name in layer.producers:
         weight = _weight(model, name)
         if len(weight) != layer.width:
@@ -220,8 +220,12 @@ def _sizes(model: nn.Module, layer: HiddenLayer) -> tuple[int, int, int]:
                 f"found {weight.shape[1] * consumer.groups}; the model changed since the plan was made, plan again"
             )
         c += consumer.stride * (len(weight) // consumer.groups) * weight.shape[2:].numel()
-        biases += 0 if (bias := getattr(submodule(model, consumer.name), "bias", None)) is None else len(bias)
-    return d, c, biases
+    return d, c, sum(len(module.bias) for module in biased_consumers(model, layer))
+
+
+def biased_consumers(model: nn.Module, layer: HiddenLayer) -> list[Any]:
+    """The consumers that have a bias."""
+    return [module for x in layer.consumers if (module := submodule(model, x.name)).bias is not None]
 
 
 def submodule(model: nn.Module, name: str) -> Any:
