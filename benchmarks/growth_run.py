@@ -107,27 +107,33 @@ class Run:
         self.curve.append((self.share, mean(self.problem.loss, self.model, self.problem.validation)))
 
     def grow(self, method: str, width: int) -> None:
-        """One growth event, charged to the budget; what it is measured by is not."""
+        """One growth event, charged to the budget, but for the losses by which it is measured."""
         probe = Probe(list(islice(self.problem.batches, self.cell.probe)), self.problem.loss)
         fresh = list(islice(self.problem.batches, self.cell.probe))
-        before, flops = mean(self.problem.loss, self.model, fresh), []
+        before, costs, measured = mean(self.problem.loss, self.model, fresh), [], []
         make = partial(Site, self.model, probe, width, 1000 * self.seed + width, self.parameters(width))
         start = time.process_time()
         GROW[method](make())
         self.paid = time.process_time() - start  # apart, because counting takes longer than what it counts
-        with counted(flops):
+        with counted(costs):
             plan = GROW[method](make())
         looked = [move for move in plan.moves if move.predicted_decrease > 0] if method in OWN else []
         moves = [(type(m).__name__, m.predicted_decrease, before - self.alone(plan, m, fresh)) for m in looked]
-        event = grow(self.model, plan, self.optimizer, probe=probe)
-        self.spent += flops[0]
+        with counted(measured):
+            probe.loss(self.model)
+        with counted(costs):
+            event = grow(self.model, plan, self.optimizer, probe=probe)
+        with counted(measured):
+            probe.loss(self.model)
+        flops = sum(costs) - sum(measured)
+        self.spent += flops
         self.price, self.clock = self.cost(), []
         self.events.append(
             {
                 "share": self.share,
                 "before": before,
                 "after": mean(self.problem.loss, self.model, fresh),
-                "flops": flops[0] / self.price,
+                "flops": flops / self.price,
                 "predicted": plan.predicted_decrease,
                 "held out": plan.held_out_decrease,
                 "moves": moves,

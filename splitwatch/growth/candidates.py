@@ -115,12 +115,10 @@ def flattest(bed: Seedbed, w: Tensor) -> Tensor:
 
 def explained(bed: Seedbed, w: Tensor, sizes: Sequence[float]) -> Iterator[float]:
     """What neurons of incoming weights (n, d) times each of the sizes explain together, with the ridge of the solve."""
-    together = max(1, bed.count // len(w))
-    for some in (sizes[i : i + together] for i in range(0, len(sizes), together)):
-        found = bed.measure(torch.cat([size * w for size in some]))
+    for size in sizes:
+        found = bed.measure(size * w)
         found = replace(found, left=found.left + RIDGE * found.norm.diag())
-        for rows in torch.arange(len(found.norm), device=w.device).split(len(w)):
-            yield float(select(found.of(rows), len(w))[1].sum())
+        yield float(select(found, len(w))[1].sum())
 
 
 def best(bed: Seedbed, w: Tensor, count: int) -> Tensor:

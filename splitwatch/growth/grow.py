@@ -19,6 +19,7 @@ from splitwatch.growth.atomic import all_or_nothing, held_back
 from splitwatch.growth.checkpoint import remember
 from splitwatch.growth.optimizer import exchange
 from splitwatch.growth.replicas import bare_optimizers
+from splitwatch.growth.stability import steady
 from splitwatch.growth.statistics import moved_channels, renew_statistics
 from splitwatch.growth.surgery import Surgery, prepare
 from splitwatch.growth.widening import IndexMap, submodule, widenings
@@ -91,6 +92,7 @@ def _grown(
         item.commit()
     if probe is not None:
         renew_statistics(model, moved, probe)
+        steady(model, surgery.replacements, optimizers, probe)
     realised = [old - new for old, new in zip(losses, _losses(model, probe), strict=True)]
     fitted, held_out = realised or (float("nan"), float("nan"))
     remember(model, plan)

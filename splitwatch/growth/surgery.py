@@ -34,6 +34,19 @@ class Replacement:
     new: Tensor
     maps: tuple[tuple[IndexMap, Tensor, Tensor], ...]
 
+    @property
+    def added(self) -> Tensor:
+        """Which entries of the new tensor, as bool, are outgoing weights of new neurons."""
+        added = torch.zeros(self.old.shape, dtype=torch.bool)
+        for index, _, _ in self.maps:
+            if index.axis == 0:
+                added = index(added)
+            else:
+                fresh = torch.ones(len(index.source), dtype=torch.bool).index_fill(0, index.first, False)
+                copied = index.blocks(added).index_select(0, index.source.clamp(min=0))
+                added = index.put(added, copied | as_column(fresh, copied))
+        return added
+
     def carry_gradient(
         self, tensor: Tensor, scale: Callable[[Tensor], Tensor] = lambda gain: gain, default: float = 0.0
     ) -> Tensor:

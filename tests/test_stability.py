@@ -1,0 +1,191 @@
+"""New outgoing weights begin with second moments that keep their steps stable, and with the carried ones elsewhere."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from splitwatch import GrowthPlan, Probe, Split, Sprout, find_hidden_layers, grow
+from splitwatch.growth import stability
+from splitwatch.growth.surgery import prepare
+
+OLD, NEW, OUT = 4, 12, 2
+HIGH = 0.3
+"""A learning rate that the old neurons bear."""
+
+
+def mse(model, batch):
+    return F.mse_loss(model(batch[0]), batch[1])
+
+
+def data(n=64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 3, generator=generator, dtype=torch.float64)
+    return x, torch.stack([x[:, 0] * x[:, 1], x[:, 2].sin()], dim=1)
+
+
+def trained(rate, make=torch.optim.Adam, width=OLD, **settings):
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(3, width), nn.Softplus(), nn.Linear(width, OUT)).double()
+    optimizer = make(model.parameters(), rate, **settings)
+    for _ in range(300):
+        optimizer.zero_grad()
+        mse(model, data()).backward()
+        optimizer.step()
+    return model, optimizer
+
+
+def sprouted(model, probe):
+    """Sprouts and a split, as a plan; their outgoing weights are what a plan would give them, small."""
+    layer, _ = find_hidden_layers(model, probe)
+    generator = torch.Generator().manual_seed(2)
+    w, v = torch.randn(NEW, 4, generator=generator), 0.01 * torch.randn(NEW, OUT, generator=generator)
+    sprouts = [Sprout(layer.name, *pair) for pair in zip(w.double(), v.double(), strict=True)]
+    u = 0.01 * torch.randn(2, 4, generator=generator).double()
+    split = Split(layer.name, 1, (0.5, 0.5), u - u.mean(0), torch.zeros(2, OUT, dtype=torch.float64), 0.1)
+    return GrowthPlan((layer,), (split, *sprouts), "")
+
+
+def limits_share(model, optimizer):
+    """The largest eigenvalue of the preconditioned Hessian in new outgoing weights over Adam's limit, in closed form.
+
+    The mean squared error of outputs V φ has the Hessian 2/(n · outputs) φᵀφ in each row of V.
+    """
+    weight, (group,) = model[2].weight, optimizer.param_groups
+    features = model[1](model[0](data()[0]))[:, OLD:].detach()
+    hessian = 2 / (len(features) * OUT) * features.T @ features
+    state, (first, second) = optimizer.state[weight], group["betas"]
+    moment = state.get("max_exp_avg_sq", state["exp_avg_sq"]) / (1 - second ** float(state["step"]))
+    size = (moment.sqrt() + group["eps"])[:, OLD:]
+    largest = max(torch.linalg.eigvalsh(hessian / (row.sqrt()[:, None] * row.sqrt())).max() for row in size)
+    return float(largest) * group["lr"] * (1 - first) / (2 + 2 * first)
+
+
+def grown(rate, probed=True, **settings):
+    model, optimizer = trained(rate, **settings)
+    probe = Probe([data(), data(seed=1)], mse)
+    plan = sprouted(model, probe)
+    grow(model, plan, optimizer, probe=probe if probed else None)
+    return model, optimizer
+
+
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [(torch.optim.Adam, {}), (torch.optim.AdamW, {"amsgrad": True}), (torch.optim.NAdam, {"betas": (0.8, 0.99)})],
+)
+def test_at_a_high_rate_new_outgoing_weights_have_a_share_of_the_limit(make, settings):
+    carried, steadied = (grown(HIGH, probed, make=make, **settings) for probed in (False, True))
+    assert limits_share(*carried) > 2 * stability.SHARE
+    assert limits_share(*steadied) == pytest.approx(stability.SHARE, rel=0.1)
+
+
+def test_only_new_outgoing_weights_begin_slower():
+    carried, steadied = (grown(HIGH, probed) for probed in (False, True))
+    for name in ("0.weight", "0.bias", "2.weight", "2.bias"):
+        before, after = (o.state[m.get_parameter(name)]["exp_avg_sq"] for m, o in (carried, steadied))
+        if name == "2.weight":
+            factor = after[:, OLD:] / before[:, OLD:]
+            assert factor.min() > 2
+            assert torch.allclose(factor, factor.max(), rtol=1e-12)
+            before, after = before[:, :OLD], after[:, :OLD]
+        assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("rate", [0.0, 1e-3])
+def test_what_is_stable_is_left_as_it_was_carried(rate):
+    carried, steadied = (grown(rate, probed) for probed in (False, True))
+    assert limits_share(*carried) < stability.SHARE
+    for one, other in zip(carried[1].state.values(), steadied[1].state.values(), strict=True):
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("first", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("share", [0.95, 1.05])
+def test_adam_is_stable_below_the_limit_and_not_above(first, share):
+    """On a parabola, with second moments that stay what they are."""
+    x = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
+    adam = torch.optim.Adam([x], 0.01, betas=(first, 1 - 1e-15), eps=0.0)
+    moment = torch.tensor([0.04], dtype=torch.float64)
+    adam.state[x] = {"step": torch.tensor(1e9), "exp_avg": torch.zeros_like(x), "exp_avg_sq": moment}
+    (group,) = adam.param_groups
+    curvature = share / float(stability._lengths({**group, "betas": (first, 0.0)}, 1, moment))
+    for _ in range(2000):
+        adam.state[x]["exp_avg_sq"].fill_(0.04 * (1 - (1 - 1e-15) ** 1e9))
+        x.grad = curvature * x.detach()
+        adam.step()
+    assert (abs(x.item()) < 1) == (share < 1)
+
+
+def test_the_loss_does_not_jump_after_growth():
+    def worst(probed):
+        model, optimizer = grown(HIGH, probed)
+        losses = []
+        for _ in range(30):
+            optimizer.zero_grad()
+            loss = mse(model, data())
+            losses.append(loss.item())
+            loss.backward()
+            optimizer.step()
+        return max(losses) / losses[0]
+
+    assert worst(True) < 0.5 * worst(False)
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adagrad])
+def test_other_optimizers_keep_what_was_carried(make):
+    carried, steadied = (grown(0.01, probed, make=make) for probed in (False, True))
+    for one, other in zip(carried[1].state.values(), steadied[1].state.values(), strict=True):
+        assert all(one[key] is None or torch.equal(one[key], other[key]) for key in one)
+
+
+class Once(torch.autograd.Function):
+    """An identity without second derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return gradient
+
+
+def test_a_loss_without_second_derivative_leaves_what_was_carried():
+    model, optimizer = trained(HIGH)
+    probe = Probe([data(), data(seed=1)], lambda model, batch: mse(lambda x: Once.apply(model(x)), batch))
+    twin, its = copy.deepcopy((model, optimizer))
+    grow(model, sprouted(model, probe), optimizer, probe=probe)
+    grow(twin, sprouted(twin, probe), its)
+    assert torch.equal(optimizer.state[model[2].weight]["exp_avg_sq"], its.state[twin[2].weight]["exp_avg_sq"])
+
+
+def test_growth_is_undone_where_memory_runs_out(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(stability, "_curvature", full)
+    model, optimizer = trained(HIGH)
+    before, state = [*model.parameters()], copy.deepcopy(optimizer.state_dict())
+    probe = Probe([data(), data(seed=1)], mse)
+    with pytest.raises(torch.OutOfMemoryError):
+        grow(model, sprouted(model, probe), optimizer, probe=probe)
+    assert all(a is b for a, b in zip(before, model.parameters(), strict=True))
+    torch.testing.assert_close(optimizer.state_dict(), state, rtol=0, atol=0)
+
+
+def test_added_entries_are_columns_of_new_neurons():
+    """In a layer between two that grow: columns by its producer's moves, rows by its own."""
+    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1))
+    probe = Probe([(torch.randn(8, 2), torch.randn(8, 1))], mse)
+    first, second, _ = find_hidden_layers(model, probe)
+    moves = (Sprout(first.name, torch.randn(3), torch.randn(2)), Sprout(second.name, torch.randn(4), torch.randn(1)))
+    plan = GrowthPlan((first, second), moves, "")
+    (between,) = (item for item in prepare(model, plan).replacements if item.old is model[2].weight)
+    assert between.added.tolist() == [[False] * 3 + [True]] * 3
+    split = Split(first.name, 0, (0.5, 0.5), torch.zeros(2, 3), torch.zeros(2, 2), 0.0)
+    (between,) = (x for x in prepare(model, replace(plan, moves=(split,))).replacements if x.old is model[2].weight)
+    assert between.added.tolist() == [[False] * 3 + [True]] * 2
