@@ -50,7 +50,7 @@ def scene(grown_before=False):
     """A network in training, two optimizers with state, a probe, and a plan with both kinds of moves."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
-    optimizers = [torch.optim.AdamW(model[:2].parameters()), torch.optim.SGD(model[3].parameters(), 0.1, momentum=0.9)]
+    optimizers = [torch.optim.AdamW(model[:2].parameters()), torch.optim.Adam(model[3].parameters(), 1.0)]
     probe = Probe(data(), mse)
     step(model, optimizers)
     if grown_before:

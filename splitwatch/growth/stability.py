@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import Adam, AdamW, NAdam, Optimizer, RAdam
 
 from splitwatch.anatomy import flat
 from splitwatch.geometry.eigen import extreme_eigenpairs
@@ -33,6 +33,9 @@ SHARE = 0.25
 PRODUCTS = 4
 """So many steps of Lanczos' method find nine tenths of the largest curvature, and mostly all of it."""
 
+KIN = (Adam, AdamW, NAdam, RAdam)
+"""Optimizers with that limit; of others that keep ``exp_avg_sq`` the rate can mean anything."""
+
 
 @in_full_precision
 def steady(
@@ -45,8 +48,11 @@ def steady(
     Args:
         model: the network, grown.
         replacements: what growth put in place.
-        optimizers: those with ``betas`` and ``exp_avg_sq`` are looked at: Adam and its kin.
+        optimizers: those of ``KIN`` are looked at.
         probe: its first batch is seen.
+
+    Raises:
+        OutOfMemoryError: what a step of the grown network needs, and half as much again, does not fit.
     """
     added = {id(item.new): item.added for item in replacements}
     weights = [weight for optimizer in optimizers for weight in _weights(optimizer, added)]
@@ -54,7 +60,7 @@ def steady(
         return
     try:
         excess = largest_over_ranks(_curvature(model, weights, probe)) / SHARE
-    except (torch.OutOfMemoryError, MemoryError):
+    except torch.OutOfMemoryError:
         raise
     except RuntimeError:  # no second derivative, or one that is not finite
         return
@@ -79,10 +85,10 @@ class _Weight:
 
 def _weights(optimizer: Optimizer, added: Mapping[int, Tensor]) -> Iterator[_Weight]:
     """Those with new entries of which the optimizer has second moments."""
-    for group in optimizer.param_groups:
+    for group in optimizer.param_groups if isinstance(optimizer, KIN) else ():
         for parameter in group["params"]:
             state = optimizer.state.get(parameter, {})
-            if id(parameter) not in added or "betas" not in group or not {"exp_avg_sq", "step"} <= state.keys():
+            if id(parameter) not in added or not parameter.requires_grad or "exp_avg_sq" not in state:
                 continue
             moments = tuple(state[key] for key in ("exp_avg_sq", "max_exp_avg_sq") if key in state)
             new = added[id(parameter)].to(parameter.device) & (moments[-1] > 0)
