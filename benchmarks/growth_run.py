@@ -107,7 +107,7 @@ class Run:
         self.curve.append((self.share, mean(self.problem.loss, self.model, self.problem.validation)))
 
     def grow(self, method: str, width: int) -> None:
-        """One growth event, charged to the budget, but for the losses by which it is measured."""
+        """One growth event, charged to the budget, but for the losses before and after."""
         probe = Probe(list(islice(self.problem.batches, self.cell.probe)), self.problem.loss)
         fresh = list(islice(self.problem.batches, self.cell.probe))
         before, costs, measured = mean(self.problem.loss, self.model, fresh), [], []

@@ -19,7 +19,7 @@ from splitwatch.anatomy import Anatomy, flat, plain_module
 from splitwatch.batches import Batch, Cuts, Loan, batch_size, halve, mapped, shares
 from splitwatch.channels import pre_activation
 from splitwatch.precision import Uncast, upcast
-from splitwatch.ranks import share_of, summed_number
+from splitwatch.ranks import share_of, summed, summed_number
 from splitwatch.recompute import straight_through
 from splitwatch.records import HiddenLayer, SplitWatchError
 from splitwatch.tape import Footprint, Tape
@@ -125,6 +125,18 @@ class Probe:
                 grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
             yield flat(grads), batch_size(batch)
 
+    def slope(self, model: nn.Module, parameters: Sequence[Tensor]) -> Tensor:
+        """The gradient of the mean loss of all ranks' first batches in some parameters, flat; it may not be finite.
+
+        Raises:
+            SplitWatchError: the loss is not a scalar, or depends on no parameter; or inference mode is on.
+        """
+        batch = self.fitted[0]
+        with undisturbed(model), torch.enable_grad():
+            loss = self._with_graph(self._run(model, batch), finite=False)
+            grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        return summed(flat(grads) * share_of(batch_size(batch)))
+
     def outputs(self, model: nn.Module, modules: Sequence[str]) -> list[Tensor]:
         """What some modules, by dotted names, put out last on the first batch, in eval mode."""
         found: dict[str, Tensor] = {}
@@ -217,11 +229,11 @@ class Probe:
             raise
 
     @classmethod
-    def _with_graph(cls, loss: Any) -> Tensor:
+    def _with_graph(cls, loss: Any, *, finite: bool = True) -> Tensor:
         """A loss that can be differentiated."""
         if torch.is_inference_mode_enabled():
             raise SplitWatchError("probe: required autograd, found torch.inference_mode(); measure outside of it")
-        loss = cls._checked(loss)
+        loss = cls._checked(loss) if finite else cls._scalar(loss)
         if not loss.requires_grad:
             raise SplitWatchError(
                 "loss_fn: required a loss that depends on the model's parameters, found a constant; "

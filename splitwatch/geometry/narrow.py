@@ -112,13 +112,12 @@ class _Ends(NamedTuple):
 class LossCurvature:
     """Gradient and Hessian of the probe's mean loss in the trainable parameters, flat, each batch by its samples.
 
-    In some of the ``parameters`` only, where they are given. Where several processes train together, of the mean loss
-    over the probes of all.
+    Where several processes train together, of the mean loss over the probes of all.
     """
 
-    def __init__(self, model: nn.Module, probe: Probe, parameters: Sequence[Tensor] | None = None) -> None:
+    def __init__(self, model: nn.Module, probe: Probe) -> None:
         self.model, self.probe = model, probe
-        self.parameters = [p for p in (model.parameters() if parameters is None else parameters) if p.requires_grad]
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
             raise SplitWatchError("model: required trainable parameters, found none; set requires_grad on some")
         row = flat(self.parameters).detach()

@@ -4,118 +4,140 @@ Adam divides its steps by the roots of second moments. Along a direction where t
 (2 + 2β₁) / ((1 − β₁) η), steps at the rate η swing out further each time; training comes near this limit by itself and
 stays there (Cohen et al. 2022, Adaptive gradient methods at the edge of stability). New features add to the curvature
 in outgoing weights at once: just after growth the loss can rise a hundredfold. Which second moments their outgoing
-weights begin with is free, so those are taken that keep the curvature there below a share of the limit. They forget
-this as they forget all gradients, in 1 / (1 − β₂) steps.
+weights begin with is free, so those are taken that keep the curvature there below a share of the limit. They shrink
+like all others, to a third in 1 / (1 − β₂) steps, towards what gradients then are.
+
+Curvature comes from differences of gradients, for each of which a forward and a part of a backward pass is enough.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from copy import copy
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Adam, AdamW, NAdam, Optimizer, RAdam
+from torch.optim import Adam, AdamW, Optimizer
 
-from splitwatch.anatomy import flat
 from splitwatch.geometry.eigen import extreme_eigenpairs
-from splitwatch.geometry.narrow import LossCurvature
 from splitwatch.growth.surgery import Replacement
-from splitwatch.precision import in_full_precision
+from splitwatch.precision import HALF, in_full_precision
 from splitwatch.probe import Probe
-from splitwatch.ranks import largest_over_ranks
+from splitwatch.records import SplitWatchError
 
 SHARE = 0.25
 """Of the limit; gradients' noise and the other weights need the rest."""
 
-PRODUCTS = 4
-"""So many steps of Lanczos' method find nine tenths of the largest curvature, and mostly all of it."""
+PRODUCTS = 3
+"""Steps of Lanczos' method: so many find most of the largest curvature, three quarters at least in ten tasks."""
 
-KIN = (Adam, AdamW, NAdam, RAdam)
-"""Optimizers with that limit; of others that keep ``exp_avg_sq`` the rate can mean anything."""
+REACH = 0.01
+"""How far weights go for a difference of gradients, relative to the consumers' weights."""
+
+_STATE = {"exp_avg_sq", "step"}
 
 
 @in_full_precision
 def steady(
-    model: nn.Module, replacements: Iterable[Replacement], optimizers: Iterable[Optimizer], probe: Probe
+    model: nn.Module, replacements: Sequence[Replacement], optimizers: Iterable[Optimizer], probe: Probe
 ) -> None:
     """Enlarge second moments of new outgoing weights until steps along them are stable.
-
-    Nothing is done where the loss has no second derivative that could tell.
 
     Args:
         model: the network, grown.
         replacements: what growth put in place.
-        optimizers: those of ``KIN`` are looked at.
+        optimizers: Adam and AdamW are looked at, but for ``amsgrad``, which would not forget, and half precision, which
+            rounds forgetting away. Others have other limits, or rates that mean something else.
         probe: its first batch is seen.
-
-    Raises:
-        OutOfMemoryError: what a step of the grown network needs, and half as much again, does not fit.
     """
-    added = {id(item.new): item.added for item in replacements}
-    weights = [weight for optimizer in optimizers for weight in _weights(optimizer, added)]
+    weights = [weight for optimizer in optimizers for weight in _weights(optimizer, replacements)]
     if not weights:
         return
     try:
-        excess = largest_over_ranks(_curvature(model, weights, probe)) / SHARE
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:  # no second derivative, or one that is not finite
+        excess = _curvature(model, weights, probe) / SHARE
+    except SplitWatchError:  # a loss that is not finite, or inference mode: others judge these
         return
     if excess > 1:
         for weight in weights:
-            for moment in weight.moments:
-                moment[weight.new] *= excess**2
+            weight.slow_down(excess)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Weight:
-    """A consumer's weight, which entries are ``new``, and its second moments.
+    """A consumer's weight, which of its entries are ``new``, and the root of their corrected second moments, (n,).
 
-    ``lengths`` are steps per gradient; they are unstable where their product with the curvature is above one.
+    ``correction`` is Adam's of second moments, ``eps`` what it adds to the root, ``stride`` (1 − β₁) η / (2 + 2β₁).
     """
 
     parameter: Tensor
+    moment: Tensor
     new: Tensor
-    moments: tuple[Tensor, ...]
-    lengths: Tensor
+    correction: float
+    eps: float
+    stride: float
+
+    @property
+    def root(self) -> Tensor:
+        return (self.moment[self.new] / self.correction).sqrt() + self.eps
+
+    def slow_down(self, factor: float) -> None:
+        """Make steps along new entries shorter."""
+        self.moment[self.new] = (self.root * factor - self.eps).square() * self.correction
 
 
-def _weights(optimizer: Optimizer, added: Mapping[int, Tensor]) -> Iterator[_Weight]:
-    """Those with new entries of which the optimizer has second moments."""
-    for group in optimizer.param_groups if isinstance(optimizer, KIN) else ():
+def _weights(optimizer: Optimizer, replacements: Sequence[Replacement]) -> Iterator[_Weight]:
+    """Those that have new entries with second moments."""
+    replaced = {id(item.new): item for item in replacements} if isinstance(optimizer, (Adam, AdamW)) else {}
+    for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.state.get(parameter, {})
-            if id(parameter) not in added or not parameter.requires_grad or "exp_avg_sq" not in state:
+            if id(parameter) not in replaced or not parameter.requires_grad or not state.keys() >= _STATE:
                 continue
-            moments = tuple(state[key] for key in ("exp_avg_sq", "max_exp_avg_sq") if key in state)
-            new = added[id(parameter)].to(parameter.device) & (moments[-1] > 0)
-            lengths = _lengths(group, state["step"], moments[-1]) * new
-            if bool(lengths.any()):
-                yield _Weight(parameter, new, moments, lengths)
-
-
-def _lengths(group: Mapping[str, Any], step: Any, moment: Tensor) -> Tensor:
-    first, second = map(float, group["betas"])
-    usual = (moment.double() / (1 - second ** float(step))).sqrt() + group["eps"]
-    return float(group["lr"]) * (1 - first) / (2 + 2 * first) / usual
+            moment = state["exp_avg_sq"]
+            new = replaced[id(parameter)].added.to(moment.device) & (moment > 0)
+            if group["lr"] > 0 and not group["amsgrad"] and moment.dtype not in HALF and bool(new.any()):
+                first, second = map(float, group["betas"])
+                stride = float(group["lr"]) * (1 - first) / (2 + 2 * first)
+                correction = 1 - second ** float(state["step"])
+                yield _Weight(parameter, moment, new, correction, group["eps"], stride)
 
 
 def _curvature(model: nn.Module, weights: Sequence[_Weight], probe: Probe) -> float:
-    """The loss's largest curvature in new outgoing weights, in units of the limit."""
-    first = copy(probe)
-    first.fitted = probe.fitted[:1]
-    loss = LossCurvature(model, first, [weight.parameter for weight in weights])
-    scale = flat(weight.lengths.sqrt() for weight in weights).to(loss.dtype)
-    found = extreme_eigenpairs(
-        lambda vectors: scale * loss.product(scale * vectors, "fitted"),
-        1,
-        loss.n,
-        dtype=loss.dtype,
-        device=loss.device,
-        ends="max",
-        max_products=PRODUCTS,
-    )
-    return float(found.max_value)
+    """The loss's largest curvature in new outgoing weights, in units of the limit.
+
+    The optimizer may have seen another loss than the probe's: scaled, or with clipped gradients. Where these are larger
+    here than it remembers, its second moments are taken to be in other units by as much.
+    """
+    parameters = [weight.parameter for weight in weights]
+    here = probe.slope(model, parameters)
+    new = torch.cat([weight.new.flatten() for weight in weights]).to(here.device)
+    roots = torch.cat([(weight.moment / weight.correction).sqrt().flatten() for weight in weights]).to(here)
+    units = max(float(here[~new].norm() / roots[~new].norm()), 1.0)
+    scale = torch.cat([(weight.stride / weight.root).sqrt() for weight in weights]).to(here)
+    reach = REACH * float(torch.cat([parameter.detach().flatten() for parameter in parameters]).norm())
+
+    def product(vectors: Tensor) -> Tensor:
+        along = scale * vectors[0]
+        step = reach / along.norm()
+        with _moved(weights, step * along):
+            there = probe.slope(model, parameters)
+        return (scale * (there - here)[new] / step)[None]
+
+    size = {"dtype": here.dtype, "device": here.device}
+    found = extreme_eigenpairs(product, 1, len(scale), **size, ends="max", max_products=PRODUCTS)
+    return float(found.max_value) / units
+
+
+@contextmanager
+def _moved(weights: Sequence[_Weight], change: Tensor) -> Iterator[None]:
+    """New outgoing weights changed for the duration of a block."""
+    kept = [weight.parameter.data for weight in weights]
+    try:
+        for weight, data, part in zip(weights, kept, change.split([int(w.new.sum()) for w in weights]), strict=True):
+            weight.parameter.data = data.clone()
+            weight.parameter.data[weight.new.to(data.device)] += part.to(data)
+        yield
+    finally:
+        for weight, data in zip(weights, kept, strict=True):
+            weight.parameter.data = data
