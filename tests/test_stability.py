@@ -223,3 +223,10 @@ def test_added_entries_are_columns_of_new_neurons():
     split = Split(first.name, 0, (0.5, 0.5), torch.zeros(2, 3), torch.zeros(2, 2), 0.0)
     (between,) = (x for x in prepare(model, replace(plan, moves=(split,))).replacements if x.old is model[2].weight)
     assert between.added.tolist() == [[False] * 3 + [True]] * 2
+
+
+def test_new_outgoing_weights_are_slowed_down_no_more_than_is_told(monkeypatch):
+    monkeypatch.setattr(stability, "_curvature", lambda *_: 1e6)
+    carried, steadied = (grown(HIGH, probed) for probed in (False, True))
+    before, after = (o.state[m[2].weight]["exp_avg_sq"][:, OLD:] for m, o in (carried, steadied))
+    torch.testing.assert_close(after, stability.MOST**2 * before, rtol=1e-4, atol=0.0)

@@ -32,6 +32,9 @@ SHARE = 0.25
 PRODUCTS = 3
 """Steps of Lanczos' method: so many find most of the largest curvature, three quarters at least in ten tasks."""
 
+MOST = 30.0
+"""By how much steps become shorter at most: where more is wanted the old weights are far beyond the limit too."""
+
 REACH = 0.01
 """How far weights go for a difference of gradients, relative to the consumers' weights."""
 
@@ -60,7 +63,7 @@ def steady(
         return
     if excess > 1:
         for weight in weights:
-            weight.slow_down(excess)
+            weight.slow_down(min(excess, MOST))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,7 +97,7 @@ def _weights(optimizer: Optimizer, replacements: Sequence[Replacement]) -> Itera
             state = optimizer.state.get(parameter, {})
             if id(parameter) not in replaced or not parameter.requires_grad or not state.keys() >= _STATE:
                 continue
-            moment = state["exp_avg_sq"]
+            moment = state["exp_avg_sq"].detach()
             new = replaced[id(parameter)].added.to(moment.device) & (moment > 0)
             if group["lr"] > 0 and not group["amsgrad"] and moment.dtype not in HALF and bool(new.any()):
                 first, second = map(float, group["betas"])
