@@ -246,7 +246,7 @@ def test_memory_that_runs_out_at_any_allocation_is_named_so_and_undone():
         grow(model, plan, optimizers, probe=probe)
     needed = 10**9 - memory.room
     assert needed > 200
-    for room in range(0, needed, 3):
+    for room in range(0, needed, 5):
         model, optimizers, probe, plan = scene()
         before = Picture(model, optimizers)
         with pytest.raises(torch.OutOfMemoryError, match="injected"), Exhausted(room):

