@@ -423,3 +423,13 @@ def test_weight_decay_refuses_coefficients_that_do_not_sum_to_one_and_knows_no_e
     none = weight_decay_effect(model, layer, 0, (0.5, 0.5), weight_decay_in=0.0)
     assert (none.gradient_norm, none.loss_jump) == (0, 0)
     assert "stationary" in str(none)
+
+
+def test_hooks_on_parameters_change_no_verdict():
+    """Clipping as a hook would be part of every product with the Hessian."""
+    model, probe = network(), Probe([data()], mse)
+    alone, calls = narrow_verdict(model, probe), []
+    hook = model[0].weight.register_hook(lambda gradient: calls.append(0) or 0.01 * gradient)
+    assert str(narrow_verdict(model, probe)) == str(alone)
+    assert not calls
+    hook.remove()

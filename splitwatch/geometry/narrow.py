@@ -27,6 +27,7 @@ from splitwatch.precision import in_full_precision
 from splitwatch.probe import Probe
 from splitwatch.ranks import share_of, summed, summed_number
 from splitwatch.records import SplitWatchError
+from splitwatch.undisturbed import undisturbed
 
 DENSE_LIMIT = 256  # trainable parameters up to which the whole Hessian is formed: nothing is left unproved
 _KEPT_BYTES = 2**29  # graphs are kept from product to product while the values in them fit in here
@@ -165,7 +166,9 @@ class LossCurvature:
         batches = self.probe.half(half)
         total = None
         for batch, share in zip(batches, shares(batches), strict=True):
-            value, factor = of(self._slopes(batch)).detach().to(dtype), share * self.weights[half]
+            with undisturbed(self.model):  # hooks on parameters would change what is differentiated
+                value = of(self._slopes(batch)).detach().to(dtype)
+            factor = share * self.weights[half]
             if total is not None:
                 total.add_(value, alpha=factor)
             else:
