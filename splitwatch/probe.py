@@ -120,10 +120,7 @@ class Probe:
         """
         parameters = [p for p in model.parameters() if p.requires_grad]
         for batch in self._pieces(model, "all", -(-at_least // len(self.half("all")))):
-            with undisturbed(model), torch.enable_grad():
-                loss = self._with_graph(self._run(model, batch))
-                grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-            yield flat(grads), batch_size(batch)
+            yield self._gradient(model, batch, parameters), batch_size(batch)
 
     def slope(self, model: nn.Module, parameters: Sequence[Tensor]) -> Tensor:
         """The gradient of the mean loss of all ranks' first batches in some parameters, flat; it may not be finite.
@@ -131,11 +128,13 @@ class Probe:
         Raises:
             SplitWatchError: the loss is not a scalar, or depends on no parameter; or inference mode is on.
         """
-        batch = self.fitted[0]
+        gradient = self._gradient(model, self.fitted[0], parameters, finite=False)
+        return summed(gradient * share_of(batch_size(self.fitted[0])))
+
+    def _gradient(self, model: nn.Module, batch: Batch, parameters: Sequence[Tensor], *, finite: bool = True) -> Tensor:
         with undisturbed(model), torch.enable_grad():
-            loss = self._with_graph(self._run(model, batch), finite=False)
-            grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-        return summed(flat(grads) * share_of(batch_size(batch)))
+            loss = self._with_graph(self._run(model, batch), finite=finite)
+            return flat(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
 
     def outputs(self, model: nn.Module, modules: Sequence[str]) -> list[Tensor]:
         """What some modules, by dotted names, put out last on the first batch, in eval mode."""

@@ -47,10 +47,11 @@ def data(count=2, n=6, seed=3):
 
 
 def scene(grown_before=False):
-    """A network in training, two optimizers with state, a probe, and a plan with both kinds of moves."""
+    """A network in training, three optimizers with state, a probe, and a plan with both kinds of moves."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
-    optimizers = [torch.optim.AdamW(model[:2].parameters()), torch.optim.Adam(model[3].parameters(), 1.0)]
+    adam, sgd = torch.optim.Adam([model[3].weight], 1.0), torch.optim.SGD([model[3].bias], 0.1, momentum=0.9)
+    optimizers = [torch.optim.AdamW(model[:2].parameters()), adam, sgd]
     probe = Probe(data(), mse)
     step(model, optimizers)
     if grown_before:
@@ -246,7 +247,7 @@ def test_memory_that_runs_out_at_any_allocation_is_named_so_and_undone():
         grow(model, plan, optimizers, probe=probe)
     needed = 10**9 - memory.room
     assert needed > 200
-    for room in range(0, needed, 5):
+    for room in range(0, needed, 3):
         model, optimizers, probe, plan = scene()
         before = Picture(model, optimizers)
         with pytest.raises(torch.OutOfMemoryError, match="injected"), Exhausted(room):

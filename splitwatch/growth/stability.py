@@ -68,9 +68,9 @@ def steady(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Weight:
-    """A consumer's weight, which of its entries are ``new``, and the root of their corrected second moments, (n,).
+    """A consumer's weight with its second moments, and which of its entries are ``new``.
 
-    ``correction`` is Adam's of second moments, ``eps`` what it adds to the root, ``stride`` (1 − β₁) η / (2 + 2β₁).
+    ``correction`` is Adam's of second moments, ``eps`` what it adds to their roots, ``stride`` (1 − β₁) η / (2 + 2β₁).
     """
 
     parameter: Tensor
@@ -81,8 +81,14 @@ class _Weight:
     stride: float
 
     @property
+    def sizes(self) -> Tensor:
+        """How large gradients are as far as the optimizer remembers, in the weight's shape."""
+        return (self.moment / self.correction).sqrt()
+
+    @property
     def root(self) -> Tensor:
-        return (self.moment[self.new] / self.correction).sqrt() + self.eps
+        """What steps along new entries are divided by, flat."""
+        return self.sizes[self.new] + self.eps
 
     def slow_down(self, factor: float) -> None:
         """Make steps along new entries shorter."""
@@ -115,8 +121,8 @@ def _curvature(model: nn.Module, weights: Sequence[_Weight], probe: Probe) -> fl
     parameters = [weight.parameter for weight in weights]
     here = probe.slope(model, parameters)
     new = torch.cat([weight.new.flatten() for weight in weights]).to(here.device)
-    roots = torch.cat([(weight.moment / weight.correction).sqrt().flatten() for weight in weights]).to(here)
-    units = max(float(here[~new].norm() / roots[~new].norm()), 1.0)
+    remembered = torch.cat([weight.sizes.flatten() for weight in weights]).to(here)
+    units = max(float(here[~new].norm() / remembered[~new].norm()), 1.0)
     scale = torch.cat([(weight.stride / weight.root).sqrt() for weight in weights]).to(here)
     reach = REACH * float(torch.cat([parameter.detach().flatten() for parameter in parameters]).norm())
 
