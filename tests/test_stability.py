@@ -15,6 +15,8 @@ from splitwatch.growth.surgery import prepare
 OLD, NEW, OUT = 4, 12, 2
 HIGH = 0.3
 """A learning rate that the old neurons bear."""
+LASTING = 1 - 1e-10
+"""A factor of second moments that keeps them what they are."""
 
 
 def mse(model, batch):
@@ -50,23 +52,18 @@ def sprouted(model, probe):
 
 
 def limits_share(model, optimizer):
-    """The largest eigenvalue of the preconditioned Hessian in new outgoing weights over Adam's limit, in closed form.
+    """The largest eigenvalue of the preconditioned Hessian in new outgoing weights over the limit, in closed form.
 
     The mean squared error of outputs V φ has the Hessian 2/(n · outputs) φᵀφ in each row of V.
     """
     weight, (group,) = model[2].weight, optimizer.param_groups
     features = model[1](model[0](data()[0]))[:, OLD:].detach()
     hessian = 2 / (len(features) * OUT) * features.T @ features
-    state = optimizer.state[weight]
-    moment = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
-    size = (moment.sqrt() + group["eps"])[:, OLD:]
+    state, (key, rule) = optimizer.state[weight], stability._KINDS[type(optimizer)]
+    stride, correction = rule(group, float(state["step"]))
+    size = ((state[key] / correction).sqrt() + group["eps"])[:, OLD:]
     largest = max(torch.linalg.eigvalsh(hessian / (row.sqrt()[:, None] * row.sqrt())).max() for row in size)
-    return float(largest) * over_limit(group["lr"], group["betas"][0])
-
-
-def over_limit(rate, first):
-    """One over the largest curvature, divided by the roots of second moments, that Adam's steps are stable at."""
-    return rate * (1 - first) / (2 + 2 * first)
+    return float(largest) * group["lr"] * stride
 
 
 def grown(rate, probed=True, **settings):
@@ -79,7 +76,14 @@ def grown(rate, probed=True, **settings):
 
 @pytest.mark.parametrize(
     ("make", "settings"),
-    [(torch.optim.Adam, {}), (torch.optim.AdamW, {"betas": (0.8, 0.99)}), (torch.optim.Adam, {"eps": 0.1})],
+    [
+        (torch.optim.Adam, {}),
+        (torch.optim.AdamW, {"betas": (0.8, 0.99)}),
+        (torch.optim.Adam, {"eps": 0.1}),
+        (torch.optim.NAdam, {}),
+        (torch.optim.RAdam, {}),
+        (torch.optim.RMSprop, {"momentum": 0.9}),
+    ],
 )
 def test_at_a_high_rate_new_outgoing_weights_have_a_share_of_the_limit(make, settings):
     carried, steadied = (grown(HIGH, probed, make=make, **settings) for probed in (False, True))
@@ -107,20 +111,57 @@ def test_what_is_stable_is_left_as_it_was_carried(rate):
         assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-@pytest.mark.parametrize("first", [0.0, 0.5, 0.9])
-@pytest.mark.parametrize("share", [0.95, 1.05])
-def test_adam_is_stable_below_the_limit_and_not_above(first, share):
-    """On a parabola, with second moments that stay what they are."""
+KIN = [
+    (torch.optim.Adam, {"betas": (0.0, LASTING)}),
+    (torch.optim.Adam, {"betas": (0.9, LASTING)}),
+    (torch.optim.NAdam, {"betas": (0.9, LASTING)}),
+    (torch.optim.NAdam, {"betas": (0.5, LASTING), "momentum_decay": 0.0}),
+    (torch.optim.RAdam, {"betas": (0.9, LASTING)}),
+    (torch.optim.RMSprop, {"alpha": LASTING}),
+    (torch.optim.RMSprop, {"alpha": LASTING, "momentum": 0.9}),
+]
+
+
+def on_a_line(make, step, moment=0.04, **settings):
+    """One parameter at 1 whose optimizer has made so many steps, and one over its limit."""
     x = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
-    adam = torch.optim.Adam([x], 0.01, betas=(first, 1 - 1e-15), eps=0.0)
-    moment = torch.tensor([0.04], dtype=torch.float64)
-    adam.state[x] = {"step": torch.tensor(1e9), "exp_avg": torch.zeros_like(x), "exp_avg_sq": moment}
-    curvature = share / over_limit(0.01, first) * 0.2
+    optimizer = make([x], 0.01, eps=0.0, **settings)
+    key, rule = stability._KINDS[make]
+    for name in ("exp_avg", "momentum_buffer"):
+        optimizer.state[x][name] = torch.zeros_like(x)
+    optimizer.state[x] |= {"step": torch.tensor(float(step)), "mu_product": torch.tensor(0.0)}
+    optimizer.state[x][key] = torch.full_like(x, moment).detach()
+    return x, optimizer, key, rule(optimizer.param_groups[0], float(step))
+
+
+@pytest.mark.parametrize(("make", "settings"), KIN)
+@pytest.mark.parametrize("share", [0.95, 1.05])
+def test_steps_are_stable_below_the_limit_and_not_above(make, settings, share):
+    """On a parabola, with second moments that stay what they are."""
+    x, optimizer, key, (stride, correction) = on_a_line(make, 1e12, **settings)
+    assert correction == 1
+    curvature = share / (0.01 * stride) * 0.04**0.5
     for _ in range(2000):
-        adam.state[x]["exp_avg_sq"].fill_(0.04 * (1 - (1 - 1e-15) ** 1e9))
+        optimizer.state[x][key].fill_(0.04)
         x.grad = curvature * x.detach()
-        adam.step()
+        optimizer.step()
     assert (abs(x.item()) < 1) == (share < 1)
+
+
+@pytest.mark.parametrize("step", [3, 10, 1000])
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam])
+def test_strides_are_those_of_the_moment(make, step):
+    """Without a memory of gradients a step is twice the stride, times the gradient over the corrected root."""
+    x, optimizer, key, _ = on_a_line(make, step, betas=(0.0, 0.99))
+    stride, correction = stability._KINDS[make][1](optimizer.param_groups[0], step + 1.0)
+    x.grad = torch.full_like(x, 0.2)
+    optimizer.step()
+    moved, root = 1 - x.item(), (optimizer.state[x][key].item() / correction) ** 0.5
+    if stride:
+        assert moved == pytest.approx(0.01 * 2 * stride * 0.2 / root, rel=1e-9)
+    else:
+        assert make is torch.optim.RAdam
+        assert step == 3
 
 
 def test_the_loss_does_not_jump_after_growth():
@@ -154,9 +195,18 @@ class Prodigious(torch.optim.Optimizer):
                 p -= group["lr"] * group["d"] * p.grad / state["exp_avg_sq"].sqrt()
 
 
-@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adagrad, Prodigious])
-def test_other_optimizers_keep_what_was_carried(make):
-    carried, steadied = (grown(HIGH, probed, make=make) for probed in (False, True))
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [
+        (torch.optim.SGD, {}),
+        (torch.optim.Adagrad, {}),
+        (Prodigious, {}),
+        (torch.optim.RMSprop, {"centered": True}),
+        (torch.optim.Adam, {"amsgrad": True}),
+    ],
+)
+def test_other_optimizers_keep_what_was_carried(make, settings):
+    carried, steadied = (grown(HIGH, probed, make=make, **settings) for probed in (False, True))
     for one, other in zip(carried[1].state.values(), steadied[1].state.values(), strict=True):
         assert all(one[key] is None or torch.equal(one[key], other[key]) for key in one)
 

@@ -1,24 +1,25 @@
 """New neurons begin no faster than the loss's curvature allows.
 
-Adam divides its steps by the roots of second moments. Along a direction where the curvature, divided alike, is above
-(2 + 2β₁) / ((1 − β₁) η), steps at the rate η swing out further each time; training comes near this limit by itself and
-stays there (Cohen et al. 2022, Adaptive gradient methods at the edge of stability). New features add to the curvature
-in outgoing weights at once: just after growth the loss can rise a hundredfold. Which second moments their outgoing
-weights begin with is free, so those are taken that keep the curvature there below a share of the limit. They shrink
-like all others, to a third in 1 / (1 − β₂) steps, towards what gradients then are.
+Adam and its kin divide their steps by the roots of second moments. Along a direction where the curvature, divided
+alike, is above a limit, for Adam (2 + 2β₁) / ((1 − β₁) η), steps at the rate η swing out further each time; training
+comes near it by itself and stays there (Cohen et al. 2022, Adaptive gradient methods at the edge of stability). New
+features add to the curvature in outgoing weights at once: just after growth the loss can rise a hundredfold. Which
+second moments their outgoing weights begin with is free, so those are taken that keep the curvature there below a share
+of the limit. They shrink like all others, for Adam to a third in 1 / (1 − β₂) steps, towards what gradients then are.
 
 Curvature comes from differences of gradients, for each of which a forward and a part of a backward pass is enough.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Adam, AdamW, Optimizer
+from torch.optim import Adam, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
 from splitwatch.geometry.eigen import extreme_eigenpairs
 from splitwatch.growth.surgery import Replacement
@@ -38,7 +39,45 @@ MOST = 30.0
 REACH = 0.01
 """How far weights go for a difference of gradients, relative to the consumers' weights."""
 
-_STATE = {"exp_avg_sq", "step"}
+
+def _adam(group: Mapping[str, Any], step: float) -> tuple[float, float]:
+    first, second = map(float, group["betas"])
+    return (1 - first) / (2 + 2 * first), 1 - second**step
+
+
+def _nadam(group: Mapping[str, Any], step: float) -> tuple[float, float]:
+    """With Nesterov's momentum, which grows with time (Dozat 2016)."""
+    first, correction = float(group["betas"][0]), _adam(group, step)[1]
+    now, then = (first * (1 - 0.5 * 0.96 ** (time * group["momentum_decay"])) for time in (step + 1, step + 2))
+    return ((1 - now) * (1 + first) + then * (1 - first)) / (2 + 2 * first), correction
+
+
+def _radam(group: Mapping[str, Any], step: float) -> tuple[float, float]:
+    """Rectified while few gradients were seen; before that steps are not divided (Liu et al. 2020)."""
+    (stride, correction), second = _adam(group, step), float(group["betas"][1])
+    most = 2 / (1 - second) - 1
+    seen = most - 2 * step * second**step / correction
+    if seen <= 5:
+        return 0.0, correction
+    return stride * ((seen - 4) * (seen - 2) * most / ((most - 4) * (most - 2) * seen)) ** 0.5, correction
+
+
+def _rmsprop(group: Mapping[str, Any], step: float) -> tuple[float, float]:
+    """With heavy-ball momentum; a centred one divides by something else."""
+    return 0.0 if group["centered"] else 1 / (2 + 2 * group["momentum"]), 1.0
+
+
+_Rule = Callable[[Mapping[str, Any], float], tuple[float, float]]
+_KINDS: dict[type[Optimizer], tuple[str, _Rule]] = {
+    Adam: ("exp_avg_sq", _adam),
+    AdamW: ("exp_avg_sq", _adam),
+    NAdam: ("exp_avg_sq", _nadam),
+    RAdam: ("exp_avg_sq", _radam),
+    RMSprop: ("square_avg", _rmsprop),
+}
+"""Of an optimizer: where its second moments are, and a function of a group and the count of its steps that returns one
+over the limit at the rate 1, from the roots of the linear recurrence that steps on a parabola are (0 where there is no
+limit that second moments move), and the correction of second moments."""
 
 
 @in_full_precision
@@ -50,8 +89,9 @@ def steady(
     Args:
         model: the network, grown.
         replacements: what growth put in place.
-        optimizers: Adam and AdamW are looked at, but for ``amsgrad``, which would not forget, and half precision, which
-            rounds forgetting away. Others have other limits, or rates that mean something else.
+        optimizers: Adam, AdamW, NAdam, RAdam and RMSprop are looked at, but for ``amsgrad``, which would not forget,
+            and half precision, which rounds forgetting away. Others have other limits, or rates that mean something
+            else.
         probe: its first batch is seen.
     """
     weights = [weight for optimizer in optimizers for weight in _weights(optimizer, replacements)]
@@ -70,7 +110,8 @@ def steady(
 class _Weight:
     """A consumer's weight with its second moments, and which of its entries are ``new``.
 
-    ``correction`` is Adam's of second moments, ``eps`` what it adds to their roots, ``stride`` (1 − β₁) η / (2 + 2β₁).
+    ``correction`` is the optimizer's of second moments, ``eps`` what it adds to their roots, ``stride`` one over the
+    limit.
     """
 
     parameter: Tensor
@@ -97,18 +138,20 @@ class _Weight:
 
 def _weights(optimizer: Optimizer, replacements: Sequence[Replacement]) -> Iterator[_Weight]:
     """Those that have new entries with second moments."""
-    replaced = {id(item.new): item for item in replacements} if isinstance(optimizer, (Adam, AdamW)) else {}
+    replaced = {id(item.new): item for item in replacements}
+    key, rule = next((told for kind, told in _KINDS.items() if isinstance(optimizer, kind)), ("", None))
+    if rule is None:
+        return
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.state.get(parameter, {})
-            if id(parameter) not in replaced or not parameter.requires_grad or not state.keys() >= _STATE:
+            if id(parameter) not in replaced or not parameter.requires_grad or not state.keys() >= {key, "step"}:
                 continue
-            moment = state["exp_avg_sq"].detach()
+            moment = state[key].detach()
             new = replaced[id(parameter)].added.to(moment.device) & (moment > 0)
-            if group["lr"] > 0 and not group["amsgrad"] and moment.dtype not in HALF and bool(new.any()):
-                first, second = map(float, group["betas"])
-                stride = float(group["lr"]) * (1 - first) / (2 + 2 * first)
-                correction = 1 - second ** float(state["step"])
+            stride, correction = rule(group, float(state["step"]))
+            stride *= float(group["lr"])
+            if stride > 0 and not group.get("amsgrad") and moment.dtype not in HALF and bool(new.any()):
                 yield _Weight(parameter, moment, new, correction, group["eps"], stride)
 
 
