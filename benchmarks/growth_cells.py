@@ -35,6 +35,11 @@ class Cell:
         return LATER[-len(self.at) :]
 
     @property
+    def latest(self) -> tuple[float, ...]:
+        """For a run that grows when due: the share of the budget after which it does not."""
+        return LATER[-1:] * len(self.at)
+
+    @property
     def longer(self) -> Cell:
         """The same with a budget of ``SHARE`` of the whole sweep."""
         return replace(self, steps=round(SHARE * len(self.widths) * self.steps))

@@ -19,6 +19,9 @@ def splitwatch(site: Site) -> GrowthPlan:
     return plan_growth(site.model, {}, site.probe, policy, layers=site.layers)
 
 
+DUE = "when due"
+"""What methods that widen where a ``StationarityDetector`` finds that the loss no longer falls end in."""
+
 PEERS = {
     "random": everywhere(random_new),
     "Net2Wider": everywhere(net2wider),
@@ -28,13 +31,14 @@ PEERS = {
     "TINY": everywhere(tiny),
     "Firefly": everywhere(firefly),
     "gromo": everywhere(gromo),
+    f"random, {DUE}": everywhere(random_new),
 }
 NEEDS = {"gromo": "gromo"}
 """Methods that need a package."""
 PLAIN = {"gromo"}
 """Methods that know only MLPs of one hidden layer."""
 
-OWN = {"splitwatch": splitwatch, "splitwatch, later": splitwatch, "splitwatch, longer": splitwatch}
-"""The second widens at ``Cell.later``, the third spends ``Cell.longer``; both are compared with fixed widths only."""
+OWN = dict.fromkeys(("splitwatch", *(f"splitwatch, {when}" for when in (DUE, "later", "longer"))), splitwatch)
+"""The third widens at ``Cell.later``, the last spends ``Cell.longer``; both are compared with fixed widths only."""
 
 GROW: dict[str, Callable[[Site], GrowthPlan]] = {**PEERS, **OWN}

@@ -2,10 +2,11 @@
 
     python benchmarks/growth_rates.py [--seeds 6] [--workers 2] [--cells CELL ...] [--write]    # stops and resumes
 
-Every fixed width, random new neurons, splitwatch, and splitwatch with rates that begin at a tenth after growth and are
-back after 200 steps, at 1, 3 and 10 times a cell's rate; each is reported at its own best, where the mean log
-validation loss at the end is lowest. The fixed width is the one where that is lowest again. Errors are the final test
-metric, geometric means over seeds; ratios are of the same seed. All spend the same FLOPs.
+Every fixed width, random new neurons, splitwatch, splitwatch when its detector says so, and splitwatch with rates that
+begin at a tenth after growth and are back after 200 steps, at 1, 3 and 10 times a cell's rate; each is reported at its
+own best, where the mean log validation loss at the end is lowest. The fixed width is the one where that is lowest
+again. Errors are the final test metric, geometric means over seeds; ratios are of the same seed. All spend the same
+FLOPs.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 from growth import DOCS, key, run_all, stored
 from growth_cells import BY_NAME, CELLS, Cell
-from growth_methods import OWN
+from growth_methods import DUE, OWN
 from growth_remedies import rewarm
 from growth_report import markdown, put_section
 from growth_run import execute
@@ -29,7 +30,7 @@ from growth_run import execute
 FACTORS = (1, 3, 10)
 MINE = next(iter(OWN))
 REWARMED = f"{MINE}, rewarmed"
-GROWN = ("random", MINE, REWARMED)
+GROWN = ("random", MINE, f"{MINE}, {DUE}", REWARMED)
 KEPT = ("cell", "seed", "final", "final loss", "area")
 Runs = list[dict[str, Any]]
 

@@ -11,6 +11,7 @@ from statistics import fmean, median, stdev
 from typing import Any
 
 from growth_cells import BY_NAME, SHARE
+from growth_methods import DUE
 from scipy.stats import t as student
 
 Result = dict[str, Any]
@@ -74,9 +75,13 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def grown(cell: str, methods: dict[str, dict[int, Result]], own: str) -> list[str]:
-    """The methods that the own one is compared with: everything but inner widths of the sweep and other schedules."""
+    """The methods that the own one is compared with: all but inner widths of the sweep and its other schedules.
+
+    Random neurons that come when they are due, which splitwatch's detector says, are no rivals of a fixed schedule.
+    """
     ends = {f"fixed {BY_NAME[cell].widths[0]}", f"fixed {BY_NAME[cell].widths[-1]}"}
-    rivals = (name for name in methods if name != own and not name.startswith(f"{own}, "))
+    others = (name for name in methods if name.split(", ")[0] != own.split(", ")[0])
+    rivals = (name for name in others if own.endswith(DUE) or not name.endswith(DUE))
     return [name for name in rivals if name in ends or not name.startswith("fixed ")]
 
 
@@ -99,7 +104,8 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def matrix(table: Table, own: str, measure: str) -> str:
     """Methods by cells; ° is not significantly worse than the own method, the best is bold."""
-    names = list(dict.fromkeys(n for c, ms in table.items() for n in [own, *grown(c, ms, own)] if "fixed" not in n))
+    rivals = dict.fromkeys(n for c, ms in table.items() for n in grown(c, ms, own) if "fixed" not in n)
+    names = dict.fromkeys([own, *rivals, *(f"{kind}, {DUE}" for kind in (own, "random"))])
     labels = {"no growth": 0, "wide from scratch": -1}
     rows = []
     for name in [*labels, *names]:
@@ -115,7 +121,7 @@ def matrix(table: Table, own: str, measure: str) -> str:
 def entry(cell: str, methods: dict[str, dict[int, Result]], name: str, own: str, measure: str) -> str:
     if name not in methods:
         return ""
-    values = {n: centre(cell, measure, methods[n]) for n in [own, *grown(cell, methods, own)]}
+    values = {n: centre(cell, measure, methods[n]) for n in [own, name, *grown(cell, methods, own)]}
     text = f"{values[name]:.3g}"
     if name != own:
         mean, half = difference(cell, measure, methods[own], methods[name])
@@ -125,8 +131,17 @@ def entry(cell: str, methods: dict[str, dict[int, Result]], name: str, own: str,
 
 def summary(table: Table, own: str) -> str:
     """In how many cells the own method is best, tied or worse, and how far predictions can be trusted."""
-    lines = []
-    for measure in MEASURES:
+    names = [own, f"{own}, {DUE}", f"{own}, later", f"{own}, longer"]
+    lines = [line for name in names[:2] for line in standing(table, name)]
+    against = [line for name in names for line in [*regression(table, name), *reached(table, name)]]
+    trusted = [line for name in names[:2] for line in predictions(table, name)]
+    return "\n".join([*lines, *against, *trusted])
+
+
+def standing(table: Table, own: str) -> list[str]:
+    """In how many cells a method is best, tied or worse."""
+    table, lines = {cell: methods for cell, methods in table.items() if own in methods}, []
+    for measure in MEASURES if table else ():
         best = tied = worse = 0
         for cell, methods in table.items():
             rivals = grown(cell, methods, own)
@@ -135,10 +150,9 @@ def summary(table: Table, own: str) -> str:
             best += mean < 0
             tied += mean < 0 or mean <= half
             worse += mean > half
-        lines.append(f"- {measure}: best in {best} of {len(table)} cells, best or tied in {tied}, worse in {worse}")
-    names = (own, f"{own}, later", f"{own}, longer")
-    against = [line for name in names for line in [*regression(table, name), *reached(table, name)]]
-    return "\n".join([*lines, *against, *predictions(table, own)])
+        counts = f"best in {best} of {len(table)} cells, best or tied in {tied}, worse in {worse}"
+        lines.append(f"- {own}, {measure}: {counts}")
+    return lines
 
 
 def regression(table: Table, own: str) -> list[str]:
@@ -178,14 +192,14 @@ def reached(table: Table, own: str) -> list[str]:
 
 def predictions(table: Table, own: str) -> list[str]:
     """Of single moves on fresh data."""
-    events = [e for methods in table.values() for run in methods[own].values() for e in run["events"]]
+    events = [e for methods in table.values() for run in methods.get(own, {}).values() for e in run["events"]]
     pairs = [(predicted, realised) for e in events for _, predicted, realised in e["moves"] if predicted > 0]
     if not pairs:
         return []
     positive = sum(realised > 0 for _, realised in pairs) / len(pairs)
     close = sum(0.5 <= realised / predicted <= 2 for predicted, realised in pairs) / len(pairs)
     return [
-        f"- predictions: of {len(pairs)} moves, {positive:.0%} decrease the loss on fresh data when made alone, "
+        f"- {own}, predictions: of {len(pairs)} moves, {positive:.0%} decrease the loss on fresh data when made alone, "
         f"{close:.0%} within a factor of two of what was predicted"
     ]
 
@@ -219,8 +233,7 @@ def costs(table: Table, own: str) -> str:
     for cell, methods in table.items():
         events = [event for run in methods[own].values() for event in run["events"]]
         flops, cpu = ([event[kind] for event in events] for kind in ("flops", "CPU"))
-        pairs = ((median(values), max(values)) for values in (flops, cpu))
-        rows.append([cell, *(f"{middle:.0f} / {most:.0f}" for middle, most in pairs)])
+        rows.append([cell, *(f"{median(values):.0f} / {max(values):.0f}" if values else "" for values in (flops, cpu))])
     head = ["", "FLOPs", "CPU time"]
     return (
         f"Cost of a growth event in training steps of the widened network, median / largest\n\n{markdown(head, rows)}"
@@ -256,14 +269,16 @@ def draw(results: Sequence[Result], own: str, path: Path) -> None:
     figure, axes = plt.subplots(*shape, figsize=(3.4 * columns, 2.8 * shape[0]), squeeze=False, layout="constrained")
     lines = {}
     for axis, (cell, methods) in zip(axes.flat, table.items(), strict=False):
-        names = [*grown(cell, methods, own), *([own] if own in methods else [])]
+        rivals, mine = grown(cell, methods, own), (f"{own}, {DUE}", own)
+        names = [*rivals, *(name for name in mine if name in methods)]
         for i, name in enumerate(names):
             curves = [run["curve"] for run in methods[name].values()]
             count = min(map(len, curves))
             x = [fmean(curve[k][0] for curve in curves) for k in range(count)]
             y = [math.exp(fmean(math.log(curve[k][1]) for curve in curves)) for k in range(count)]
             label = {0: "no growth", 1: "wide from scratch"}.get(i, name) if "fixed" in name else name
-            style = {"color": "black", "lw": 2.2} if name == own else {"color": f"C{i % 10}", "lw": 1}
+            style = {"color": "black", "lw": 2.2, "ls": "-" if name == own else ":"}
+            style = style if name in mine else {"color": f"C{i % 10}", "lw": 1}
             lines[label] = axis.plot(x, y, **style)[0]
         axis.set(title=cell, yscale="log", xlabel="share of the FLOPs")
         axis.set_ylim(top=1.2 * max(run["curve"][0][1] for run in methods[names[-1]].values()))  # cuts off spikes

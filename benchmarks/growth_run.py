@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from growth_cells import Cell
-from growth_methods import GROW, OWN
+from growth_methods import DUE, GROW, OWN
 from growth_site import Move, Site
 from growth_tasks import Problem
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from splitwatch import Probe, grow
+from splitwatch import Probe, StationarityDetector, grow
 from splitwatch.growth.grow import count_parameters, widened
 from splitwatch.records import GrowthPlan
 
@@ -85,21 +85,27 @@ class Run:
         self.model.zero_grad()
         return flops[0]
 
-    def step(self) -> None:
+    def step(self) -> float:
+        """One training step; returns its loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.cell.rate * (1 + math.cos(math.pi * min(self.share, 1))) / 2
         self.optimizer.zero_grad()
-        self.problem.loss(self.model, next(self.problem.batches)).backward()
+        loss = self.problem.loss(self.model, next(self.problem.batches))
+        loss.backward()
         self.optimizer.step()
         self.spent += self.price
+        return loss.item()
 
-    def until(self, share: float) -> None:
+    def until(self, share: float, detector: StationarityDetector | None = None) -> None:
+        """Train to a share of the budget, or to where a detector finds that the loss no longer falls."""
         while self.share < share:
             if self.share * LOOKS >= len(self.curve):
                 self.look()
             start = time.process_time()
-            self.step()
+            loss = self.step()
             self.clock.append(time.process_time() - start)
+            if detector and (verdict := detector.update(loss)) and verdict.kind == "suspected":
+                break
         if self.events:  # CPU time in steps of the widened network, as they were made since
             self.events[-1]["CPU"] = self.paid / median(self.clock or [nan])
 
@@ -159,10 +165,11 @@ def execute(cell: Cell, method: str, seed: int, *, after: Callable[[Run], None] 
     width = int(method.split()[1]) if fixed else cell.widths[0]
     cell = cell.longer if method.endswith("longer") else cell
     run = Run(cell, cell.problem(cell.activation, seed), width, seed)
-    shares = cell.later if method.endswith("later") else cell.at
+    due = method.endswith(DUE)
+    shares = cell.latest if due else cell.later if method.endswith("later") else cell.at
     for share, wide in () if fixed else zip(shares, cell.widths[1:], strict=True):
-        run.until(share)
-        if run.share >= 1:  # choosing the last moves took what was left
+        run.until(share, StationarityDetector() if due else None)
+        if run.share >= (share if due else 1):  # the loss still falls, or choosing the last moves took what was left
             break
         run.grow(method, wide)
         if after is not None:

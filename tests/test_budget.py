@@ -60,7 +60,7 @@ def train(grower, clock, steps, seconds=0.1):
     return shares
 
 
-@pytest.mark.parametrize(("share", "steps"), [(0.01, 30_000), (0.1, 3000)])
+@pytest.mark.parametrize(("share", "steps"), [pytest.param(0.01, 30_000, marks=pytest.mark.slow), (0.1, 3000)])
 def test_the_realised_share_stays_within_the_budget_and_measurements_come(clock, share, steps):
     grower = watched(clock, max_overhead=share, sinks=[lambda event: clock.turn(0.1)])
     shares = train(grower, clock, steps)

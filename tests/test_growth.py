@@ -1017,9 +1017,9 @@ def assert_strict_saddle(model, batch):
 
 MINIMA = [
     pytest.param(1, nn.Tanh, False, 11, id="tanh"),
-    pytest.param(1, nn.Softplus, False, 5, id="softplus"),
+    pytest.param(1, nn.Softplus, False, 5, id="softplus", marks=pytest.mark.slow),
     pytest.param(1, nn.Softplus, True, 42, id="softplus and output bias"),
-    pytest.param(2, nn.Softplus, False, 3, id="two neurons"),
+    pytest.param(2, nn.Softplus, False, 3, id="two neurons", marks=pytest.mark.slow),
 ]
 
 

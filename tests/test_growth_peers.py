@@ -180,6 +180,27 @@ def test_runs_keep_to_their_budget_and_resume(bench, tmp_path, monkeypatch):
     assert "old" not in page.read_text() and "## Next\nkept" in page.read_text()
 
 
+def test_what_grows_when_due_waits_for_a_loss_that_falls_and_no_longer_than_half_the_budget(bench):
+    execute, cell = bench("growth_run").execute, bench("growth_cells").BY_NAME["teacher tanh"]
+    cell = replace(cell, widths=(4, 8, 16), at=(0.01, 0.02), steps=500, probe=2)
+    still, falling = (execute(replace(cell, rate=rate), "splitwatch, when due", 0) for rate in (0.0, 1e-3))
+    first, second = (event["share"] for event in still["events"])
+    assert 0.05 < first < second < 0.5  # 200 steps at width 4 cost 10 % of 500 at width 16
+    assert [event["widths"] for event in still["events"]] == [[(4, 8)], [(8, 16)]]
+    assert not falling["events"] or falling["events"][0]["share"] > first
+    short = execute(replace(cell, steps=50), "random, when due", 0)
+    assert not short["events"] and short["parameters"] < still["parameters"]
+
+
+def test_a_fixed_schedule_has_no_rival_that_the_detector_helped(bench):
+    grown = bench("growth_report").grown
+    runs = dict.fromkeys(["fixed 8", "fixed 16", "fixed 64", "splitwatch", "random", "random, when due"], {})
+    runs |= dict.fromkeys(["splitwatch, when due", "splitwatch, later"], {})
+    assert grown("teacher tanh", runs, "splitwatch") == ["fixed 8", "fixed 64", "random"]
+    found = grown("teacher tanh", runs, "splitwatch, when due")
+    assert found == ["fixed 8", "fixed 64", "random", "random, when due"]
+
+
 @pytest.fixture
 def plateau(bench):
     """A tanh network in double precision whose outgoing weights cannot be better, before growth from 6 to 8 neurons."""
@@ -266,12 +287,13 @@ def test_every_method_is_reported_at_its_own_best_rate(bench):
     """What benchmarks/growth_rates.py says of runs: chosen by validation loss, told by test error."""
     module, cell = bench("growth_rates"), bench("growth_cells").BY_NAME["Burgers tanh, SGD, once"]
     best = {"fixed 16": (1, 4.0), "fixed 32": (3, 2.0), "random": (3, 3.0), "splitwatch": (10, 1.0)}
-    best["splitwatch, rewarmed"] = (1, 2.5)
+    best |= {"splitwatch, when due": (1, 1.5), "splitwatch, rewarmed": (1, 2.5)}
     found = {
         f"{method} × {factor}": [{"final loss": loss + (factor != rate), "final": share * loss} for share in (0.1, 0.4)]
         for method, (rate, loss) in best.items()
         for factor in module.FACTORS
     }
     found["fixed 16 × 10"] = [{"final loss": 0.1, "final": 0.1}, {"final loss": math.inf, "final": math.inf}]
-    told = ["0.6 at × 3: 1.50, 0 of 2", "0.2 at × 10: 0.50, 2 of 2", "0.5 at × 1: 1.25, 0 of 2"]
+    told = ["0.6 at × 3: 1.50, 0 of 2", "0.2 at × 10: 0.50, 2 of 2", "0.3 at × 1: 0.75, 2 of 2"]
+    told.append("0.5 at × 1: 1.25, 0 of 2")
     assert module.row(cell, found) == [cell.name, "32: 0.4 at × 3", *told]

@@ -110,7 +110,7 @@ def test_a_reversed_gradient_grows():
 # --- layouts and numbers ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("moves", ["mixed", "even"])
+@pytest.mark.parametrize("moves", ["mixed", pytest.param("even", marks=pytest.mark.slow)])
 def test_channels_last_grows(moves):
     torch.manual_seed(0)
     convolutions = nn.Conv2d(3, 4, 3), nn.GELU(), nn.Conv2d(4, 3, 3), nn.GELU()

@@ -53,8 +53,15 @@ def test_a_checkpointed_network_is_measured_like_one_that_is_not(use_reentrant):
         torch.testing.assert_close(getattr(checkpointed["block.0"], name), getattr(plain["block.0"], name))
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("measured", ["grow", "monitor"])
+@pytest.mark.parametrize(
+    ("use_reentrant", "measured"),
+    [
+        (False, "grow"),
+        (True, "monitor"),
+        pytest.param(True, "grow", marks=pytest.mark.slow),
+        pytest.param(False, "monitor", marks=pytest.mark.slow),
+    ],
+)
 def test_training_with_checkpoints_is_that_without(use_reentrant, measured):
     """To the bit, measurements and growth in between."""
 
