@@ -85,6 +85,12 @@ def grown(cell: str, methods: dict[str, dict[int, Result]], own: str) -> list[st
     return [name for name in rivals if name in ends or not name.startswith("fixed ")]
 
 
+def shown(cell: str, methods: dict[str, dict[int, Result]], own: str) -> list[str]:
+    """The own method, its rivals, and what grows when due."""
+    names = [own, *grown(cell, methods, own), *(name for name in methods if name.endswith(f", {DUE}"))]
+    return list(dict.fromkeys(names))
+
+
 def describe(results: Sequence[Result], own: str) -> str:
     """Everything, as markdown."""
     table = arranged([r for r in results])
@@ -104,8 +110,7 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def matrix(table: Table, own: str, measure: str) -> str:
     """Methods by cells; ° is not significantly worse than the own method, the best is bold."""
-    rivals = dict.fromkeys(n for c, ms in table.items() for n in grown(c, ms, own) if "fixed" not in n)
-    names = dict.fromkeys([own, *rivals, *(f"{kind}, {DUE}" for kind in (own, "random"))])
+    names = dict.fromkeys(n for c, ms in table.items() for n in shown(c, ms, own) if "fixed" not in n)
     labels = {"no growth": 0, "wide from scratch": -1}
     rows = []
     for name in [*labels, *names]:
@@ -121,7 +126,7 @@ def matrix(table: Table, own: str, measure: str) -> str:
 def entry(cell: str, methods: dict[str, dict[int, Result]], name: str, own: str, measure: str) -> str:
     if name not in methods:
         return ""
-    values = {n: centre(cell, measure, methods[n]) for n in [own, name, *grown(cell, methods, own)]}
+    values = {n: centre(cell, measure, methods[n]) for n in shown(cell, methods, own)}
     text = f"{values[name]:.3g}"
     if name != own:
         mean, half = difference(cell, measure, methods[own], methods[name])
@@ -269,8 +274,8 @@ def draw(results: Sequence[Result], own: str, path: Path) -> None:
     figure, axes = plt.subplots(*shape, figsize=(3.4 * columns, 2.8 * shape[0]), squeeze=False, layout="constrained")
     lines = {}
     for axis, (cell, methods) in zip(axes.flat, table.items(), strict=False):
-        rivals, mine = grown(cell, methods, own), (f"{own}, {DUE}", own)
-        names = [*rivals, *(name for name in mine if name in methods)]
+        mine = tuple(name for name in (f"{own}, {DUE}", own) if name in methods)
+        names = [*grown(cell, methods, own), *mine]
         for i, name in enumerate(names):
             curves = [run["curve"] for run in methods[name].values()]
             count = min(map(len, curves))

@@ -62,4 +62,5 @@ def test_the_policies_page_runs(capsys):
     names["loss_fn"] = lambda model, batch: nn.functional.mse_loss(model(batch[0]), batch[1])
     for code in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
         exec(code, names)
+    assert names["net"][0].out_features == 16
     assert "chosen by lowest_curvature" in capsys.readouterr().out

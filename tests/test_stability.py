@@ -29,11 +29,11 @@ def data(n=64, seed=0):
     return x, torch.stack([x[:, 0] * x[:, 1], x[:, 2].sin()], dim=1)
 
 
-def trained(rate, make=torch.optim.Adam, factor=1.0, **settings):
+def trained(rate, make=torch.optim.Adam, factor=1.0, steps=100, **settings):
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(3, OLD), nn.Softplus(), nn.Linear(OLD, OUT)).double()
     optimizer = make(model.parameters(), rate, **settings)
-    for _ in range(100):
+    for _ in range(steps):
         optimizer.zero_grad()
         (factor * mse(model, data())).backward()
         optimizer.step()
@@ -60,8 +60,8 @@ def limits_share(model, optimizer):
     features = model[1](model[0](data()[0]))[:, OLD:].detach()
     hessian = 2 / (len(features) * OUT) * features.T @ features
     state, (key, rule) = optimizer.state[weight], stability._KINDS[type(optimizer)]
-    stride, correction = rule(group, float(state["step"]))
-    size = ((state[key] / correction).sqrt() + group["eps"])[:, OLD:]
+    stride, correction, eps = rule(group, float(state["step"]))
+    size = ((state[key] / correction).sqrt() + eps)[:, OLD:]
     largest = max(torch.linalg.eigvalsh(hessian / (row.sqrt()[:, None] * row.sqrt())).max() for row in size)
     return float(largest) * group["lr"] * stride
 
@@ -122,10 +122,10 @@ KIN = [
 ]
 
 
-def on_a_line(make, step, moment=0.04, **settings):
-    """One parameter at 1 whose optimizer has made so many steps, and one over its limit."""
+def on_a_line(make, step, moment=0.04, eps=0.0, **settings):
+    """One parameter at 1 whose optimizer has made so many steps, and what is told of its limit."""
     x = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
-    optimizer = make([x], 0.01, eps=0.0, **settings)
+    optimizer = make([x], 0.01, eps=eps, **settings)
     key, rule = stability._KINDS[make]
     for name in ("exp_avg", "momentum_buffer"):
         optimizer.state[x][name] = torch.zeros_like(x)
@@ -138,7 +138,7 @@ def on_a_line(make, step, moment=0.04, **settings):
 @pytest.mark.parametrize("share", [0.95, 1.05])
 def test_steps_are_stable_below_the_limit_and_not_above(make, settings, share):
     """On a parabola, with second moments that stay what they are."""
-    x, optimizer, key, (stride, correction) = on_a_line(make, 1e12, **settings)
+    x, optimizer, key, (stride, correction, _) = on_a_line(make, 1e12, **settings)
     assert correction == 1
     curvature = share / (0.01 * stride) * 0.04**0.5
     for _ in range(2000):
@@ -149,24 +149,35 @@ def test_steps_are_stable_below_the_limit_and_not_above(make, settings, share):
 
 
 @pytest.mark.parametrize("step", [3, 10, 1000])
-@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam])
-def test_strides_are_those_of_the_moment(make, step):
-    """Without a memory of gradients a step is twice the stride, times the gradient over the corrected root."""
-    x, optimizer, key, _ = on_a_line(make, step, betas=(0.0, 0.99))
-    stride, correction = stability._KINDS[make][1](optimizer.param_groups[0], step + 1.0)
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [
+        (torch.optim.Adam, {"betas": (0.0, 0.99)}),
+        (torch.optim.NAdam, {"betas": (0.0, 0.99)}),
+        (torch.optim.RAdam, {"betas": (0.0, 0.99)}),
+        (torch.optim.RMSprop, {}),
+    ],
+)
+@pytest.mark.parametrize("eps", [0.0, 0.1])
+def test_strides_are_those_of_the_moment(make, settings, step, eps):
+    """Without a memory of gradients a step is twice the stride, times the gradient over what divides it."""
+    x, optimizer, key, _ = on_a_line(make, step, eps=eps, **settings)
+    rule = stability._KINDS[make][1]
+    stride, (_, correction, floor) = (rule(optimizer.param_groups[0], float(t)) for t in (step, step + 1))
+    if make is torch.optim.RMSprop:  # its stride is in units of moments as old as they are when the step is made
+        stride = rule(optimizer.param_groups[0], step + 1.0)
     x.grad = torch.full_like(x, 0.2)
     optimizer.step()
-    moved, root = 1 - x.item(), (optimizer.state[x][key].item() / correction) ** 0.5
-    if stride:
-        assert moved == pytest.approx(0.01 * 2 * stride * 0.2 / root, rel=1e-9)
-    else:
-        assert make is torch.optim.RAdam
-        assert step == 3
+    moved, root = 1 - x.item(), (optimizer.state[x][key].item() / correction) ** 0.5 + floor
+    assert (stride[0] == 0) == (make is torch.optim.RAdam and step == 3)
+    if stride[0]:
+        assert moved == pytest.approx(0.01 * 2 * stride[0] * 0.2 / root, rel=1e-9)
 
 
-def test_the_loss_does_not_jump_after_growth():
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.NAdam, torch.optim.RMSprop])
+def test_the_loss_does_not_jump_after_growth(make):
     def worst(probed):
-        model, optimizer = grown(HIGH, probed)
+        model, optimizer = grown(HIGH, probed, make=make)
         losses = []
         for _ in range(30):
             optimizer.zero_grad()
@@ -209,6 +220,24 @@ def test_other_optimizers_keep_what_was_carried(make, settings):
     carried, steadied = (grown(HIGH, probed, make=make, **settings) for probed in (False, True))
     for one, other in zip(carried[1].state.values(), steadied[1].state.values(), strict=True):
         assert all(one[key] is None or torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_young_rmsprop_is_not_taken_for_one_with_another_loss():
+    """Its second moments are not corrected for their age, and small after few steps."""
+    model, optimizer = trained(1e-6, torch.optim.RMSprop, steps=3)
+    optimizer.param_groups[0]["lr"] = 0.01
+    probe = Probe([data(), data(seed=1)], mse)
+    grow(model, sprouted(model, probe), optimizer, probe=probe)
+    assert 0.99 * stability.SHARE < limits_share(model, optimizer) < 1.5 * stability.SHARE
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam, torch.optim.RMSprop])
+def test_optimizers_that_begin_to_count_anew_grow(make):
+    model, optimizer = trained(HIGH, make)
+    for state in optimizer.state.values():
+        state["step"].zero_()
+    probe = Probe([data(), data(seed=1)], mse)
+    assert grow(model, sprouted(model, probe), optimizer, probe=probe).grown
 
 
 class Once(torch.autograd.Function):

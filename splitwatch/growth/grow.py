@@ -50,8 +50,8 @@ def grow(
         optimizers: every optimizer that owns parameters of the model; schedulers need not be told. Where some are given
             and none of them owns a trainable parameter that is replaced, a warning is logged once.
         probe: where output drift at zero offset and the realised decrease are measured, BatchNorm statistics of neurons
-            whose incoming weights move, and second moments with which Adam's steps along new outgoing weights are
-            stable; none of these is known without it.
+            whose incoming weights move, and second moments with which steps of Adam and its kin along new outgoing
+            weights are stable; none of these is known without it.
 
     Returns:
         What happened; ``drift`` is at most 1e-6 in float32, 1e-12 in float64 (2e-3 and 2e-2 where the parameters are

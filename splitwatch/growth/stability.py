@@ -5,7 +5,7 @@ alike, is above a limit, for Adam (2 + 2β₁) / ((1 − β₁) η), steps at th
 comes near it by itself and stays there (Cohen et al. 2022, Adaptive gradient methods at the edge of stability). New
 features add to the curvature in outgoing weights at once: just after growth the loss can rise a hundredfold. Which
 second moments their outgoing weights begin with is free, so those are taken that keep the curvature there below a share
-of the limit. They shrink like all others, for Adam to a third in 1 / (1 − β₂) steps, towards what gradients then are.
+of the limit. They shrink like all others, in old age to a third in 1 / (1 − β₂) steps, towards what gradients then are.
 
 Curvature comes from differences of gradients, for each of which a forward and a part of a backward pass is enough.
 """
@@ -40,44 +40,47 @@ REACH = 0.01
 """How far weights go for a difference of gradients, relative to the consumers' weights."""
 
 
-def _adam(group: Mapping[str, Any], step: float) -> tuple[float, float]:
+_Group = Mapping[str, Any]
+
+
+def _adam(group: _Group, step: float) -> tuple[float, float, float]:
     first, second = map(float, group["betas"])
-    return (1 - first) / (2 + 2 * first), 1 - second**step
+    return (1 - first) / (2 + 2 * first), 1 - second**step, group["eps"]
 
 
-def _nadam(group: Mapping[str, Any], step: float) -> tuple[float, float]:
+def _nadam(group: _Group, step: float) -> tuple[float, float, float]:
     """With Nesterov's momentum, which grows with time (Dozat 2016)."""
-    first, correction = float(group["betas"][0]), _adam(group, step)[1]
-    now, then = (first * (1 - 0.5 * 0.96 ** (time * group["momentum_decay"])) for time in (step + 1, step + 2))
-    return ((1 - now) * (1 + first) + then * (1 - first)) / (2 + 2 * first), correction
+    first, decay = float(group["betas"][0]), group.get("momentum_decay", 0.0)
+    now, then = (first * (1 - 0.5 * 0.96 ** (time * decay)) for time in (step + 1, step + 2))
+    return ((1 - now) * (1 + first) + then * (1 - first)) / (2 + 2 * first), *_adam(group, step)[1:]
 
 
-def _radam(group: Mapping[str, Any], step: float) -> tuple[float, float]:
+def _radam(group: _Group, step: float) -> tuple[float, float, float]:
     """Rectified while few gradients were seen; before that steps are not divided (Liu et al. 2020)."""
-    (stride, correction), second = _adam(group, step), float(group["betas"][1])
+    (stride, correction, eps), second = _adam(group, step), float(group["betas"][1])
     most = 2 / (1 - second) - 1
-    seen = most - 2 * step * second**step / correction
-    if seen <= 5:
-        return 0.0, correction
-    return stride * ((seen - 4) * (seen - 2) * most / ((most - 4) * (most - 2) * seen)) ** 0.5, correction
+    seen = most - 2 * (step + 1) * second ** (step + 1) / (1 - second ** (step + 1))
+    rectified = ((seen - 4) * (seen - 2) * most / ((most - 4) * (most - 2) * seen)) ** 0.5 if seen > 5 else 0.0
+    return stride * rectified, correction, eps / correction**0.5
 
 
-def _rmsprop(group: Mapping[str, Any], step: float) -> tuple[float, float]:
-    """With heavy-ball momentum; a centred one divides by something else."""
-    return 0.0 if group["centered"] else 1 / (2 + 2 * group["momentum"]), 1.0
+def _rmsprop(group: _Group, step: float) -> tuple[float, float, float]:
+    """With heavy-ball momentum, and second moments that are not corrected; centred, it divides by something else."""
+    correction = 1 - group["alpha"] ** step
+    stride = 0.0 if group.get("centered") else 1 / (2 + 2 * group.get("momentum", 0.0))
+    return stride / correction**0.5, correction, group["eps"] / correction**0.5
 
 
-_Rule = Callable[[Mapping[str, Any], float], tuple[float, float]]
-_KINDS: dict[type[Optimizer], tuple[str, _Rule]] = {
+_KINDS: dict[type[Optimizer], tuple[str, Callable[[_Group, float], tuple[float, float, float]]]] = {
     Adam: ("exp_avg_sq", _adam),
     AdamW: ("exp_avg_sq", _adam),
     NAdam: ("exp_avg_sq", _nadam),
     RAdam: ("exp_avg_sq", _radam),
     RMSprop: ("square_avg", _rmsprop),
 }
-"""Of an optimizer: where its second moments are, and a function of a group and the count of its steps that returns one
-over the limit at the rate 1, from the roots of the linear recurrence that steps on a parabola are (0 where there is no
-limit that second moments move), and the correction of second moments."""
+"""Where an optimizer's second moments v are, and a function of a group and of how many steps were made. It returns one
+over the limit at the rate 1 (0 where second moments set none), the correction c of a young v, and ε, for steps that are
+divided by √(v/c) + ε. Limits are those of the linear recurrence that steps on a parabola are."""
 
 
 @in_full_precision
@@ -90,8 +93,8 @@ def steady(
         model: the network, grown.
         replacements: what growth put in place.
         optimizers: Adam, AdamW, NAdam, RAdam and RMSprop are looked at, but for ``amsgrad``, which would not forget,
-            and half precision, which rounds forgetting away. Others have other limits, or rates that mean something
-            else.
+            half precision, which rounds forgetting away, and a centred RMSprop. Others have other limits, or rates
+            that mean something else.
         probe: its first batch is seen.
     """
     weights = [weight for optimizer in optimizers for weight in _weights(optimizer, replacements)]
@@ -110,8 +113,7 @@ def steady(
 class _Weight:
     """A consumer's weight with its second moments, and which of its entries are ``new``.
 
-    ``correction`` is the optimizer's of second moments, ``eps`` what it adds to their roots, ``stride`` one over the
-    limit.
+    Steps are divided by √(moment / correction) + eps; ``stride`` is one over the limit.
     """
 
     parameter: Tensor
@@ -149,10 +151,11 @@ def _weights(optimizer: Optimizer, replacements: Sequence[Replacement]) -> Itera
                 continue
             moment = state[key].detach()
             new = replaced[id(parameter)].added.to(moment.device) & (moment > 0)
-            stride, correction = rule(group, float(state["step"]))
-            stride *= float(group["lr"])
-            if stride > 0 and not group.get("amsgrad") and moment.dtype not in HALF and bool(new.any()):
-                yield _Weight(parameter, moment, new, correction, group["eps"], stride)
+            if group.get("amsgrad") or moment.dtype in HALF or not (state["step"] > 0 and new.any()):
+                continue
+            stride, correction, eps = rule(group, float(state["step"]))
+            if stride * group["lr"] > 0:
+                yield _Weight(parameter, moment, new, correction, eps, stride * float(group["lr"]))
 
 
 def _curvature(model: nn.Module, weights: Sequence[_Weight], probe: Probe) -> float:
