@@ -206,12 +206,28 @@ class Prodigious(torch.optim.Optimizer):
                 p -= group["lr"] * group["d"] * p.grad / state["exp_avg_sq"].sqrt()
 
 
+class SignedRMSprop(torch.optim.RMSprop):
+    """With settings and steps of its own."""
+
+    def __init__(self, params, lr):
+        torch.optim.Optimizer.__init__(self, params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            state = self.state[p]
+            state.setdefault("step", torch.tensor(0.0)).add_(1)
+            state.setdefault("square_avg", torch.zeros_like(p)).lerp_(p.grad.square(), 0.01)
+            p -= 1e-3 * self.param_groups[0]["lr"] * p.grad.sign()
+
+
 @pytest.mark.parametrize(
     ("make", "settings"),
     [
         (torch.optim.SGD, {}),
         (torch.optim.Adagrad, {}),
         (Prodigious, {}),
+        (SignedRMSprop, {}),
         (torch.optim.RMSprop, {"centered": True}),
         (torch.optim.Adam, {"amsgrad": True}),
     ],

@@ -50,7 +50,7 @@ def _adam(group: _Group, step: float) -> tuple[float, float, float]:
 
 def _nadam(group: _Group, step: float) -> tuple[float, float, float]:
     """With Nesterov's momentum, which grows with time (Dozat 2016)."""
-    first, decay = float(group["betas"][0]), group.get("momentum_decay", 0.0)
+    first, decay = float(group["betas"][0]), group["momentum_decay"]
     now, then = (first * (1 - 0.5 * 0.96 ** (time * decay)) for time in (step + 1, step + 2))
     return ((1 - now) * (1 + first) + then * (1 - first)) / (2 + 2 * first), *_adam(group, step)[1:]
 
@@ -67,7 +67,7 @@ def _radam(group: _Group, step: float) -> tuple[float, float, float]:
 def _rmsprop(group: _Group, step: float) -> tuple[float, float, float]:
     """With heavy-ball momentum, and second moments that are not corrected; centred, it divides by something else."""
     correction = 1 - group["alpha"] ** step
-    stride = 0.0 if group.get("centered") else 1 / (2 + 2 * group.get("momentum", 0.0))
+    stride = 0.0 if group["centered"] else 1 / (2 + 2 * group["momentum"])
     return stride / correction**0.5, correction, group["eps"] / correction**0.5
 
 
@@ -153,7 +153,10 @@ def _weights(optimizer: Optimizer, replacements: Sequence[Replacement]) -> Itera
             new = replaced[id(parameter)].added.to(moment.device) & (moment > 0)
             if group.get("amsgrad") or moment.dtype in HALF or not (state["step"] > 0 and new.any()):
                 continue
-            stride, correction, eps = rule(group, float(state["step"]))
+            try:
+                stride, correction, eps = rule(group, float(state["step"]))
+            except KeyError:  # a subclass whose steps are other ones
+                continue
             if stride * group["lr"] > 0:
                 yield _Weight(parameter, moment, new, correction, eps, stride * float(group["lr"]))
 
