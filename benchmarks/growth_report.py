@@ -249,7 +249,7 @@ def put_into(path: Path, text: str) -> None:
     """Put the section on growth into a page."""
     command = (
         "`python benchmarks/growth.py`; paired over seeds; ° differs from splitwatch by less than its 95 % interval; "
-        '"when due" widens where the detector finds that the loss no longer falls, others at fixed shares of the budget.'
+        '"when due" widens where the detector finds that the loss no longer falls, others at fixed shares of the FLOPs.'
     )
     put_section(path, "Growth", f"{command}\n\n![Validation loss over FLOPs](figures/growth.png)\n\n{text}")
 
