@@ -148,6 +148,7 @@ def on_rank(rank, folder, port, settings):
     trainer.save_checkpoint(folder / "last.ckpt")
 
 
+@pytest.mark.slow
 @in_clean_process
 def test_two_processes_with_a_sharded_module_equal_one(alone, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -241,13 +241,14 @@ class Exhausted(TorchDispatchMode):
         return result
 
 
-def test_memory_that_runs_out_at_any_allocation_is_named_so_and_undone():
+@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
+def test_memory_that_runs_out_at_any_allocation_is_named_so_and_undone(every):
     model, optimizers, probe, plan = scene()
     with Exhausted(10**9) as memory:
         grow(model, plan, optimizers, probe=probe)
     needed = 10**9 - memory.room
     assert needed > 200
-    for room in range(0, needed, 3):
+    for room in range(0, needed, every):
         model, optimizers, probe, plan = scene()
         before = Picture(model, optimizers)
         with pytest.raises(torch.OutOfMemoryError, match="injected"), Exhausted(room):

@@ -108,7 +108,7 @@ def test_measurements_leave_nothing_in_memory(build):
     assert slope(ledger.resident, 10) < 10_000
 
 
-@pytest.mark.parametrize("build", [mlp, conv])
+@pytest.mark.parametrize("build", [mlp, pytest.param(conv, marks=pytest.mark.slow)])
 def test_training_goes_on_to_the_bit_as_if_nothing_had_been_measured(build):
     losses, tensors, generator = train(build, 6)
     wanted, wanted_tensors, wanted_generator = train(build, 6, monitored=False)

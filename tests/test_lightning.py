@@ -396,7 +396,7 @@ def shifted(batch):
     return batch["x"].sub_(1).clone() + 1, batch["y"]
 
 
-@pytest.mark.parametrize("taken", [popped, scaled, shifted])
+@pytest.mark.parametrize("taken", [popped, *(pytest.param(one, marks=pytest.mark.slow) for one in (scaled, shifted))])
 def test_a_batch_that_the_step_changes_is_measured_as_it_was(taken):
     """The steps before a look may be any number: an epoch has eight, and a block of losses ten."""
 

@@ -161,7 +161,7 @@ def stationary_points():
     return found
 
 
-@pytest.mark.parametrize("limit", [256, 0])
+@pytest.mark.parametrize("limit", [pytest.param(256, marks=pytest.mark.slow), 0])
 def test_stationary_points_of_every_kind_agree_with_the_dense_hessian(limit, monkeypatch):
     """Both halves of the probe hold the same samples, so that none can veto."""
     monkeypatch.setattr(narrow, "DENSE_LIMIT", limit)

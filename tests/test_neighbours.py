@@ -104,7 +104,7 @@ def averagings():
     }
 
 
-@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("first", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["before", "after"])
 @pytest.mark.parametrize("name", averagings())
 def test_averaged_copies_grow_along_and_are_what_the_run_ends_with(name, first, tmp_path):
     averaging = averagings()[name]

@@ -18,7 +18,7 @@ from splitwatch.records import SplitWatchError, UnsupportedLayerError
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("bias", [pytest.param(False, marks=pytest.mark.slow), True])
 @settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 10**6), kinks=st.tuples(*[st.integers(0, 7)] * M))
 def test_one_sided_derivatives_are_those_of_the_loss(activation, bias, seed, kinks):

@@ -138,7 +138,9 @@ def test_a_schedule_leaves_it_out_too(name):
     assert left_out not in {move.layer for move in plan.moves}
 
 
-@pytest.mark.parametrize(("name", "monitor_only"), [("view", False), ("fused attention", True)])
+@pytest.mark.parametrize(
+    ("name", "monitor_only"), [pytest.param("view", False, marks=pytest.mark.slow), ("fused attention", True)]
+)
 def test_training_goes_on(name, monitor_only):
     model, (x, y), left_out, _ = made(name)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
