@@ -140,10 +140,10 @@ class _Weight:
 
 def _weights(optimizer: Optimizer, replacements: Sequence[Replacement]) -> Iterator[_Weight]:
     """Those that have new entries with second moments."""
-    replaced = {id(item.new): item for item in replacements}
     key, rule = next((told for kind, told in _KINDS.items() if isinstance(optimizer, kind)), ("", None))
     if rule is None:
         return
+    replaced = {id(item.new): item for item in replacements}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.state.get(parameter, {})
