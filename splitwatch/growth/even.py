@@ -20,7 +20,7 @@ from splitwatch.growth.promise import Promise, promises
 from splitwatch.growth.pursuit import Seedlings, first_look, improve, lowest
 from splitwatch.growth.refine import halves, refined
 from splitwatch.growth.rounds import whole_rounds
-from splitwatch.growth.search import NO_LAYER, OFFSETS, confirmed_plan, no_room, searched, stretch
+from splitwatch.growth.search import NO_LAYER, OFFSETS, confirmed_plan, no_room, on_held_out, searched, stretch
 from splitwatch.growth.splits import best_splits
 from splitwatch.probe import Probe
 from splitwatch.records import GrowthPlan, HiddenLayer, LayerGeometry, Split, Sprout
@@ -76,7 +76,7 @@ def plan_even(
 
 
 def _parted(model: nn.Module, splits: GrowthPlan, probe: Probe) -> GrowthPlan:
-    """Splits at the offset of a line search, or the least where that does not pay on the held-out half."""
+    """Splits at the offset of a line search, or the least where that does not pay on the held-out half, measured."""
     if not splits.moves:
         return splits
     found = searched(model, splits, probe)
@@ -85,7 +85,8 @@ def _parted(model: nn.Module, splits: GrowthPlan, probe: Probe) -> GrowthPlan:
     least = tuple(stretch(move, OFFSETS[0]) for move in splits.moves if isinstance(move, Split))
     predicted = sum(move.predicted_decrease for move in least)
     why = "no offset pays on the held-out half, so copies part by the least"
-    return replace(found, moves=least, offset=OFFSETS[0], predicted_decrease=predicted, reason=why)
+    parted = replace(found, moves=least, offset=OFFSETS[0], predicted_decrease=predicted, reason=why)
+    return on_held_out(model, parted, probe)
 
 
 def _promised(model: nn.Module, found: Sequence[Seedlings], probe: Probe) -> list[Promise]:
@@ -136,9 +137,8 @@ def _stepped(
             loss = probe.loss(model, half, finite=False)
         return before[half] - loss if isfinite(loss) else -inf
 
-    least = decrease("held_out", silent) if plan.moves else 0.0
     tried = ((one, decrease("held_out", one)) for one in map(at, PARTS if step else ()))
-    chosen, falls = next((one for one in tried if one[1] > least), (silent, least))
+    chosen, falls = next((x for x in tried if x[1] > plan.held_out_decrease), (silent, plan.held_out_decrease))
     if not (chosen.step or plan.moves):
         return silent
     predicted = sum(move.predicted_decrease for move in chosen.moves)

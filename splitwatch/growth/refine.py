@@ -96,4 +96,5 @@ def refined(model: nn.Module, plan: GrowthPlan, splits: Sequence[Split], probe: 
     parted = [
         replace(stretch(move, best), predicted_decrease=move.predicted_decrease * share, reason=told) for move in splits
     ]
-    return replace(plan, moves=(*plan.moves, *parted), offset=plan.offset or best)
+    falls = plan.held_out_decrease + means[best]
+    return replace(plan, moves=(*plan.moves, *parted), offset=plan.offset or best, held_out_decrease=falls)

@@ -136,14 +136,19 @@ def confirmed_plan(model: nn.Module, plan: GrowthPlan, probe: Probe) -> GrowthPl
     """A plan that was searched with its decrease on the held-out half, or an empty one where it does not pay."""
     if not plan.fitted_decrease > 0:
         return rejected(plan, "growth would not help here: no offset decreases the loss")
-    with widened(model, plan):
-        after = probe.loss(model, "held_out", finite=False)
-    held_out = probe.loss(model, "held_out") - after
-    if not held_out > 0:
+    plan = on_held_out(model, plan, probe)
+    if not plan.held_out_decrease > 0:
         return rejected(
             plan, "growth would not help here: the decrease on the fitted half does not survive on the held-out half"
         )
-    return replace(plan, held_out_decrease=held_out)
+    return plan
+
+
+def on_held_out(model: nn.Module, plan: GrowthPlan, probe: Probe) -> GrowthPlan:
+    """A plan with its decrease on the held-out half."""
+    with widened(model, plan):
+        after = probe.loss(model, "held_out", finite=False)
+    return replace(plan, held_out_decrease=probe.loss(model, "held_out") - after)
 
 
 def held_out_gains(
