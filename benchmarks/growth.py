@@ -7,8 +7,8 @@
     python benchmarks/growth.py --report --write         # table, figure and docs/performance.md from what is there
 
 Every run may spend the FLOPs of a fixed number of steps at its last width (torch.utils.flop_counter), on training and
-on choosing its moves; "longer" ones 60 % of what the fixed widths spend together. Most widen at fixed shares of it,
-those "when due" where splitwatch's detector, as it comes, finds that the loss no longer falls, up to half of it.
+on choosing its moves. Most widen at fixed shares of it, those "when due" where splitwatch's detector, as it comes,
+finds that the loss no longer falls, up to half of it.
 "fixed n" trains width n throughout: the narrowest is no growth, the widest is from scratch. Batches, initial weights,
 learning rates (cosine over FLOPs), surgery and optimizer state are the same for all. Times are CPU time, one thread.
 Cells whose data and methods whose package is not installed are left out, and a method where it does not know the
@@ -70,8 +70,8 @@ def tasks(cells: Sequence[Cell], methods: Sequence[str], seeds: int) -> list[Key
 
 
 def applies(cell: Cell, method: str) -> bool:
-    """Whether a method knows the network, and longer runs are asked for: they are where nothing is regressed."""
-    return (cell.plain or method not in PLAIN) and not (cell.regression and method.endswith("longer"))
+    """Whether a method knows the network."""
+    return cell.plain or method not in PLAIN
 
 
 def run_all(todo: Sequence[Key], path: Path, workers: int, one: Callable[[str, str, int], dict[str, Any]]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from growth_tasks import Problem, burgers, coolprop, diamonds, digits, images, teacher, text
 
@@ -40,11 +40,6 @@ class Cell:
         return LATER[-1:] * len(self.at)
 
     @property
-    def longer(self) -> Cell:
-        """The same with a budget of ``SHARE`` of the whole sweep."""
-        return replace(self, steps=round(SHARE * len(self.widths) * self.steps))
-
-    @property
     def plain(self) -> bool:
         """Whether the network is an MLP of one hidden layer."""
         return self.problem not in (images, text)
@@ -54,8 +49,6 @@ class Cell:
         return importlib.util.find_spec(self.needs) is not None
 
 
-SHARE = 0.6
-"""Of what all fixed widths of a cell spend together: the budget of longer runs."""
 STAGES, LATER = (0.03, 0.10, 0.25), (0.10, 0.25, 0.50)
 WIDE, NARROW, SMALL = (8, 16, 32, 64), (4, 8, 16, 32), (2, 4, 8, 16)
 

@@ -38,7 +38,7 @@ NEEDS = {"gromo": "gromo"}
 PLAIN = {"gromo"}
 """Methods that know only MLPs of one hidden layer."""
 
-OWN = dict.fromkeys(("splitwatch", *(f"splitwatch, {when}" for when in (DUE, "later", "longer"))), splitwatch)
-"""The third widens at ``Cell.later``, the last spends ``Cell.longer``; both are compared with fixed widths only."""
+OWN = dict.fromkeys(("splitwatch", *(f"splitwatch, {when}" for when in (DUE, "later"))), splitwatch)
+"""The last widens at ``Cell.later`` and is compared with fixed widths only."""
 
 GROW: dict[str, Callable[[Site], GrowthPlan]] = {**PEERS, **OWN}

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
-from growth_cells import BY_NAME, SHARE
+from growth_cells import BY_NAME
 from growth_methods import DUE
 from scipy.stats import t as student
 
@@ -136,9 +136,9 @@ def entry(cell: str, methods: dict[str, dict[int, Result]], name: str, own: str,
 
 def summary(table: Table, own: str) -> str:
     """In how many cells the own method is best, tied or worse, and how far predictions can be trusted."""
-    names = [own, f"{own}, {DUE}", f"{own}, later", f"{own}, longer"]
+    names = [own, f"{own}, {DUE}", f"{own}, later"]
     lines = [line for name in names[:2] for line in standing(table, name)]
-    against = [line for name in names for line in [*regression(table, name), *reached(table, name)]]
+    against = [line for name in names for line in regression(table, name)]
     trusted = [line for name in names[:2] for line in predictions(table, name)]
     return "\n".join([*lines, *against, *trusted])
 
@@ -177,22 +177,6 @@ def regression(table: Table, own: str) -> list[str]:
         f"fixed width's: median {median(ratios):.2f}, largest {max(ratios):.2f}; wide from scratch over it: "
         f"{median(wide):.1f}"
     ]
-
-
-def reached(table: Table, own: str) -> list[str]:
-    """Where nothing is regressed: whether the growing run reaches the sweep's best metric within its standard error."""
-    found = []
-    for cell, methods in table.items():
-        if not BY_NAME[cell].regression and own in methods:
-            fixed = [runs for name, runs in methods.items() if name.startswith("fixed ")]
-            best = min(fixed, key=lambda runs: centre(cell, "final", runs))
-            values = [final(run) for run in best.values()]
-            error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-            yes = centre(cell, "final", methods[own]) <= fmean(values) + error
-            share = SHARE if own.endswith("longer") else 1 / len(fixed)
-            found.append(f"{cell} {'yes' if yes else 'no'} at {share:.0%}")
-    told = f"- {own}, the sweep's best metric within its standard error, at so much of its FLOPs:"
-    return found and [f"{told} {'; '.join(found)}"]
 
 
 def predictions(table: Table, own: str) -> list[str]:

@@ -163,7 +163,6 @@ def execute(cell: Cell, method: str, seed: int, *, after: Callable[[Run], None] 
     start = time.process_time()
     fixed = method.startswith("fixed ")
     width = int(method.split()[1]) if fixed else cell.widths[0]
-    cell = cell.longer if method.endswith("longer") else cell
     run = Run(cell, cell.problem(cell.activation, seed), width, seed)
     due = method.endswith(DUE)
     shares = cell.latest if due else cell.later if method.endswith("later") else cell.at

@@ -297,3 +297,20 @@ def test_every_method_is_reported_at_its_own_best_rate(bench):
     told = ["0.6 at × 3: 1.50, 0 of 2", "0.2 at × 10: 0.50, 2 of 2", "0.3 at × 1: 0.75, 2 of 2"]
     told.append("0.5 at × 1: 1.25, 0 of 2")
     assert module.row(cell, found) == [cell.name, "32: 0.4 at × 3", *told]
+
+
+def test_a_growing_run_reaches_the_best_width_within_its_standard_error(bench, monkeypatch):
+    """What benchmarks/growth_sweep.py runs, and says of it."""
+    module, cell = bench("growth_sweep"), bench("growth_cells").BY_NAME["MNIST conv, once"]
+    made = []
+    result = {"cell": cell.name, "seed": 3, "final": 0.1, "area": 0.2}
+    monkeypatch.setattr(module, "execute", lambda task, method, seed: made.append((task.steps, method)) or result)
+    for which in ("fixed 8", "splitwatch, when due", "splitwatch, when due at 60%"):
+        assert module.one(cell.name, which, 3) == {"method": which, "cell": cell.name, "seed": 3, "final": 0.1}
+    assert made == [(400, "fixed 8"), (400, "splitwatch, when due"), (480, "splitwatch, when due")]
+    found = {"fixed 4": (0.3, 0.5), "fixed 8": (0.1, 0.3), "splitwatch": (0.2, 0.5), "splitwatch, when due": (0.2, 0.3)}
+    found |= {"splitwatch at 60%": (0.1, 0.2), "splitwatch, when due at 60%": (0.4, 0.4)}
+    told = ["0.3500 ± 0.1500", "**0.2500 ± 0.0500**", "**0.1500 ± 0.0500**", "0.4000 ± 0.0000"]
+    beyond = ["+0.1500 ± 0.6353", "+0.0500 ± 0.6353"]  # Student's t of one degree of freedom: 12.7
+    found = {name: dict(enumerate(finals)) for name, finals in found.items()}
+    assert module.row(cell, found) == [cell.name, "50%", "8: 0.2000 ± 0.1000", *told, *beyond]

@@ -254,6 +254,7 @@ def test_even_widens_every_layer_by_the_ratio(name, ratio):
     for old, new in event.widths.values():
         assert new == int(old * ratio + 0.5)
     assert event.realised_fitted == pytest.approx(plan.fitted_decrease, rel=1e-9)
+    assert event.realised_held_out == pytest.approx(plan.held_out_decrease, rel=1e-9, abs=1e-12 * before)
     if "copies part by the least" in plan.reason or "no outgoing weights yet" in plan.reason:
         assert probe.loss(model) == pytest.approx(before, rel=1e-3)  # the function is kept, but for the least offset
     else:

@@ -87,6 +87,7 @@ def test_what_they_bring_together_is_measured_on_the_held_out_half():
     with widened(model, plan):
         gain = before - probe.loss(model, "held_out")
     assert sum(move.predicted_decrease for move in plan.moves) == pytest.approx(gain)
+    assert plan.held_out_decrease == pytest.approx(gain)
     for reach in REACHES:
         other = replace(plan, moves=tuple(stretch(move, reach / plan.offset) for move in plan.moves))
         with widened(model, other):
@@ -127,4 +128,6 @@ def test_even_gives_them_half_of_the_places_without_a_confirmed_neuron():
     confirmed = [move for move in plan.moves if isinstance(move, Sprout) and move.outgoing.abs().max() > 0]
     assert len(plan.moves) == 12
     assert len(splits) == len(halves(model, {plan.layers[0]: (12 - len(confirmed)) // 2}, probe, ROOM)) > 0
-    assert grow(model, plan, probe=probe).widths == {"0": (6, 18)}
+    event = grow(model, plan, probe=probe)
+    assert event.widths == {"0": (6, 18)}
+    assert event.realised_held_out == pytest.approx(plan.held_out_decrease)  # of splits and new neurons together
