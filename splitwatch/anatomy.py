@@ -55,13 +55,18 @@ class Anatomy:
         self.linear = {i: call for i in range(len(tape.calls)) if (call := linear_call(tape, i)) is not None}
         self.calls = defaultdict(list)
         for call in self.linear.values():
-            if (owner := self.owner(call.weight)) is not None and isinstance(owner[1], SUPPORTED):
-                self.calls[owner[0]].append(call)
+            if (name := self.holder(call)) is not None:
+                self.calls[name].append(call)
 
     def owner(self, tensor: Tensor) -> tuple[str, nn.Module] | None:
         """Name and module that own a parameter or buffer (the first of them where it is shared)."""
         owners = self.owners.get(id(tensor))
         return owners[0] if owners else None
+
+    def holder(self, call: LinearCall) -> str | None:
+        """The linear module whose weight a call takes; None for other tensors, as a subclass's second matrix (LoRA)."""
+        name, module = self.owner(call.weight) or ("", None)
+        return name if isinstance(module, SUPPORTED) and call.weight is module.weight else None
 
     def describe(self, call: Call) -> str:
         """A call in words: its function, and the module whose parameter it reads."""

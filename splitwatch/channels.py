@@ -155,6 +155,8 @@ def block(name: str, columns: list[int], width: int) -> Consumer:
     stride = max(Counter(columns[j] for j in members).values())
     start = members[0] - (columns[members[0]] * stride)
     expected = {start + r * stride + p: r for r in range(width) for p in range(stride)}
+    if width * stride > len(columns) - start:
+        raise UnsupportedLayerError(f"its consumer {name} reads some of the neurons only")
     if start < 0 or any(columns[j] != expected.get(j) for j in members):
         raise UnsupportedLayerError(f"its consumer {name} reads the neurons in an order that cannot be widened")
     return Consumer(name, start, stride)

@@ -25,7 +25,7 @@ from splitwatch.anatomy import (
     plain_modules,
 )
 from splitwatch.channels import ChannelCodes, block, pre_activation
-from splitwatch.handlers import has_rows
+from splitwatch.handlers import has_rows, rows
 from splitwatch.linear_map import SUPPORTED, LinearCall
 from splitwatch.records import Consumer, HiddenLayer, UnsupportedLayerError
 from splitwatch.tape import Call, Path, Tape, Value, is_floating
@@ -92,6 +92,10 @@ class Discovery:
             raise UnsupportedLayerError(f"{role} has complex weights")
         if not all(p.requires_grad for p in parameters):
             raise UnsupportedLayerError(f"{role} is frozen: its parameters do not require gradients")
+        if not calls[0].arguments["input"].numel():
+            raise UnsupportedLayerError(
+                f"{role} is given nothing of the probe's first batch (an expert without samples)"
+            )
         return calls[0]
 
     def _reads(self, tensors: Iterable[Tensor]) -> list[int]:
@@ -118,13 +122,12 @@ class Discovery:
         return HiddenLayer(names[0], width, names, consumers, riders, operations, reason, groups)
 
     def _name(self, call: LinearCall) -> str:
-        owner = self.anatomy.owner(call.weight)
-        if owner is None or not isinstance(owner[1], SUPPORTED):
+        if (name := self.anatomy.holder(call)) is None:
             meets = self.anatomy.describe(call.call)
             raise UnsupportedLayerError(
                 f"coupled to {meets}, whose weight is not a plain module's (functional, parametrized or pruned)"
             )
-        return owner[0]
+        return name
 
     # --- refusals -----------------------------------------------------------------------------------------------
 
@@ -184,10 +187,11 @@ class Discovery:
 
     def _rider(self, owner: tuple[str, nn.Module], tensor: Tensor, width: int) -> str:
         name, module = owner
-        if not has_rows(module) or isinstance(module, nn.Linear) or tensor.shape[0] != width:
+        known = has_rows(module) and any(getattr(module, field) is tensor for field in rows(module).tensors)
+        if not known or isinstance(module, nn.Linear) or tensor.shape[0] != width:
             owner_name = name or type(module).__name__
-            known = "and cannot be widened" if has_rows(module) else f"and {type(module).__name__} has no handler"
-            raise UnsupportedLayerError(f"{owner_name} holds one entry per neuron {known}")
+            why = "and cannot be widened" if has_rows(module) else f"and {type(module).__name__} has no handler"
+            raise UnsupportedLayerError(f"{owner_name} holds one entry per neuron {why}")
         if is_computed(module):
             raise UnsupportedLayerError(f"{name} is parametrized or pruned and holds one entry per neuron")
         if len(self._reads([tensor])) > 1 or len(self.anatomy.owners[id(tensor)]) > 1:

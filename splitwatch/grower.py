@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from splitwatch.arguments import as_sinks, check_given
 from splitwatch.batches import Batch
 from splitwatch.budget import GEOMETRY, TEST, Stages
 from splitwatch.control import Control, control_for
@@ -75,10 +76,11 @@ class Grower:
         progress: bool = True,
         training_loss: LossFunction | None = None,
     ) -> None:
+        check_given(policy, probe, loss_fn)
         self.model, self.replica = bare(model)
         self.policy = policy or GrowthPolicy()
         check_names(self.model, self.policy.layers)
-        self.monitor_only, self.sinks, self.progress = monitor_only, list(sinks), progress
+        self.monitor_only, self.sinks, self.progress = monitor_only, as_sinks(sinks), progress
         check_shards(self.model, grows=not monitor_only, control=bool(self.policy.control))
         self.watcher = Watcher(self.policy, loss_fn, probe, growing=not monitor_only)
         self.events: list[GrowthEvent] = []

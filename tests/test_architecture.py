@@ -39,6 +39,7 @@ ROOMS = (
     "control",
     "rewarm",
     "watcher",
+    "arguments",
     "grower",
     "huggingface",
     "lightning",

@@ -13,11 +13,12 @@ from zoo import ZOO, in_turn, mse
 from splitwatch.geometry.dense import coupling, inner_hessian, layer_curvature
 from splitwatch.geometry.measure import measure_geometry
 from splitwatch.growth import grow as growing
-from splitwatch.growth.checkpoint import load_grown, make_growable
+from splitwatch.growth.checkpoint import load_grown, make_growable, read_history, recall
 from splitwatch.growth.grow import grow, widened
 from splitwatch.growth.optimizer import Exchange
 from splitwatch.growth.plan import plan_growth
 from splitwatch.growth.policy import GrowthPolicy
+from splitwatch.growth.stored import stored_redundancy
 from splitwatch.growth.surgery import Surgery
 from splitwatch.layers import find_hidden_layers
 from splitwatch.probe import Probe
@@ -779,6 +780,33 @@ def test_a_checkpoint_of_a_model_whose_part_has_grown_is_loaded(tmp_path):
     torch.save(Holder(model).state_dict(), tmp_path / "whole.pt")
     loaded = load_grown(lambda: Holder(build("mlp")), tmp_path / "whole.pt")
     assert all(torch.equal(a, b) for a, b in zip(outputs(loaded.student, probe), outputs(model, probe), strict=True))
+
+
+def test_a_checkpoint_of_a_model_with_two_parts_that_have_grown_is_loaded(tmp_path):
+    (one, probe), (other, more) = grown_twice("mlp"), grown_twice("gated")
+    saved, make = tmp_path / "both.pt", lambda: nn.ModuleDict({"one": build("mlp"), "other": build("gated")})
+    torch.save(nn.ModuleDict({"one": one, "other": other}).state_dict(), saved)
+    by_hand = make()
+    make_growable(by_hand)
+    by_hand.load_state_dict(torch.load(saved, weights_only=True))
+    for loaded in (load_grown(make, saved), by_hand):
+        for part, model, at in ((loaded["one"], one, probe), (loaded["other"], other, more)):
+            assert all(torch.equal(a, b) for a, b in zip(outputs(part, at), outputs(model, at), strict=True))
+        torch.save(loaded.state_dict(), tmp_path / "again.pt")
+        assert read_history(tmp_path / "again.pt") == read_history(saved)
+    parts = {f"{part}.{name}" for part, model in (("one", one), ("other", other)) for name in recall(model)}
+    assert parts == {*read_history(saved)} == {*stored_redundancy(saved)}
+    assert all(found is not None for found in stored_redundancy(saved).values())
+
+
+def test_a_file_that_lost_its_record_of_growth_is_refused_with_the_cure(tmp_path):
+    model, _ = grown_twice("mlp")
+    torch.save({name: tensor.clone() for name, tensor in model.state_dict().items()}, tmp_path / "copied.pt")
+    with pytest.raises(SplitWatchError, match=r"path: required a record of what grew .* save the whole state dict"):
+        load_grown(lambda: build("mlp"), tmp_path / "copied.pt")
+    torch.save(build("mlp").state_dict() | {"more": torch.zeros(1)}, tmp_path / "other.pt")
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        load_grown(lambda: build("mlp"), tmp_path / "other.pt")
 
 
 def test_only_hyperparameters_that_are_taken_are_passed_on(tmp_path):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize, prune
-from zoo import ZOO
+from zoo import ZOO, Experts
 
 from splitwatch.layers import find_hidden_layers, select_layers
 from splitwatch.probe import Probe
@@ -232,6 +232,32 @@ def per_neuron_scale():
     return model
 
 
+def sliced():
+    return Module(lambda self, x: self.b(torch.tanh(self.a(x))[:, :2]), a=nn.Linear(3, 4), b=nn.Linear(2, 2))
+
+
+class LowRank(nn.Linear):
+    """A linear layer with a trained correction of rank one (LoRA)."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs)
+        self.down, self.up = nn.Parameter(torch.rand(1, inputs)), nn.Parameter(torch.rand(outputs, 1))
+
+    def forward(self, x):
+        return F.linear(F.linear(x, self.down), self.up) + super().forward(x)
+
+
+class Scaled(nn.Conv1d):
+    """A convolution that scales what it reads, or what it puts out, channel by channel."""
+
+    def __init__(self, *sizes, before):
+        super().__init__(*sizes)
+        self.before, self.gain = before, nn.Parameter(torch.rand(sizes[not before], 1))
+
+    def forward(self, x):
+        return super().forward(x * self.gain) if self.before else super().forward(x) * self.gain
+
+
 REFUSALS = {
     "layer norm in the path": (lambda: mlp(nn.LayerNorm(4), nn.Tanh()), (3,), "0", "layer_norm.* mixes the channels"),
     "group norm": (lambda: mlp(nn.GroupNorm(2, 4), nn.Tanh()), (3,), "0", "group_norm.* mixes the channels"),
@@ -271,6 +297,15 @@ REFUSALS = {
     "multi-head attention": (attention, (2, 4), "attend", "MultiheadAttention is not a layer type"),
     "batch norm shared by two layers": (shared_norm, (3,), "a", "norm.*shared"),
     "order reversed": (flipped, (3,), "a", "order that cannot be widened"),
+    "read in part": (sliced, (3,), "a", "b reads some of the neurons only"),
+    "a second matrix": (lambda: nn.Sequential(LowRank(3, 4), nn.Tanh(), nn.Linear(4, 2)), (3,), "0",
+                        "not a plain module's"),
+    "a consumer's second matrix": (lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), LowRank(4, 2)), (3,), "0",
+                                   "not a plain module's"),
+    "a convolution's own scale": (lambda: nn.Sequential(Scaled(3, 4, 1, before=False), nn.Conv1d(4, 2, 1)), (3, 5), "0",
+                                  "0 holds one entry per neuron and cannot be widened"),
+    "a consumer's own scale": (lambda: nn.Sequential(nn.Conv1d(3, 4, 1), Scaled(4, 2, 1, before=True)), (3, 5), "0",
+                               "1 holds one entry per neuron and cannot be widened"),
     "random in eval mode": (noisy, (3,), "a", "cannot be replayed|dropout"),
     "one number per neuron": (per_neuron_scale, (3,), "a", "one entry per neuron"),
 }  # fmt: skip
@@ -432,3 +467,14 @@ def test_the_batchs_samples_do_not_change_what_is_found():
     for seed in range(5):
         data = torch.randn(2, 3, generator=torch.Generator().manual_seed(seed))
         assert growable(table(copy.deepcopy(model), data=data)) == {"0"}
+
+
+def test_an_expert_that_the_first_batch_leaves_out_is_refused_and_others_are_not():
+    model, batches = Experts(routed=True), Experts.batches()
+    layers = {layer.name: layer for layer in find_hidden_layers(model, Probe(batches[::-1], scored))}
+    assert layers["a"].growable
+    assert "given nothing of the probe's first batch" in layers["c"].reason
+
+
+def scored(model, x):
+    return model(x).square().mean()

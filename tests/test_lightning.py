@@ -117,7 +117,9 @@ def test_everything_is_in_tensorboard_on_lightnings_own_axis(grown):
     (event,) = [event for event in watch.events if event.grown]
     assert {"splitwatch/width/net.0", "splitwatch/growth/parameters", "train_loss"} <= set(tags["scalars"])
     steps = [scalar.step for scalar in board.Scalars("splitwatch/width/net.0")]
-    assert event.step in steps
+    assert steps[:2] == [event.step - 1, event.step] and steps[2:] == [STEPS]  # before, after, and at the end
+    sizes = [scalar.value for scalar in board.Scalars("splitwatch/growth/parameters")]
+    assert sizes == [*event.parameters, event.parameters[1]]
     assert any("eigenvalue" in tag for tag in tags["histograms"])
     assert tags["images"]
 

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
-from zoo import ZOO, mse
+from zoo import ZOO, Experts, mse
 
 from splitwatch.geometry.dense import inner_hessian, layer_curvature
 from splitwatch.geometry.measure import measure_geometry
@@ -194,3 +194,18 @@ def test_both_halves_keep_within_the_memory_bound():
     measure_geometry(model, probe, ["0"], max_bytes=1000)
     assert pieces.keys() == {"fitted", "held_out"}
     assert min(pieces.values()) > 1
+
+
+def test_a_batch_that_leaves_an_expert_out_counts_as_zero_there():
+    """As where the expert sees every sample and what it says of most is masked."""
+
+    def loss(model, x):
+        return (model(x) - x[:, 1:]).square().mean()
+
+    both, first = Experts.batches()
+    for half in ([both, both], [first, both], [both, first, first]):  # the batches that are held out
+        probe = Probe([x for held in half for x in (both, held)], loss)
+        routed, masked = (measure_geometry(Experts(routed=way), probe, ["a", "c"]) for way in (True, False))
+        for name in ("a", "c"):
+            torch.testing.assert_close(routed[name].min_eigenvalue, masked[name].min_eigenvalue, rtol=1e-4, atol=1e-9)
+            close(routed[name].coupling_norm, masked[name].coupling_norm)

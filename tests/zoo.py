@@ -99,6 +99,29 @@ class Branching(nn.Module):
         return self.layers["b"](h) if float(h.detach().sum()) < 1e9 else x
 
 
+class Experts(nn.Module):
+    """Samples with a positive first feature go to a and b, others to c and d: ``routed``, or all to both and masked."""
+
+    def __init__(self, *, routed: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c, self.d = (nn.Linear(*size).double() for size in 2 * [(3, 4), (4, 2)])
+        self.routed = routed
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = x[:, :1] > 0, x[:, :1] <= 0
+        if not self.routed:
+            return one * self.b(torch.tanh(self.a(x))) + other * self.d(torch.tanh(self.c(x)))
+        first = self.b(torch.tanh(self.a(x[one[:, 0]])))
+        return x[:, :2].masked_scatter(one, first).masked_scatter(other, self.d(torch.tanh(self.c(x[other[:, 0]]))))
+
+    @staticmethod
+    def batches() -> list[Tensor]:
+        """A batch of both kinds, and one for the first expert alone."""
+        both, first = torch.randn(2, 8, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        return [both, torch.cat([first[:, :1].abs(), first[:, 1:]], 1)]
+
+
 class InvertedBottleneck(nn.Module):
     def __init__(self):
         super().__init__()

@@ -86,7 +86,8 @@ class Sweep:
 
     def _part(self, name: str, trace: LayerTrace) -> InnerCurvature:
         part = InnerCurvature(trace, self.patterns.get(name))
-        self.patterns[name] = part.response.pattern
+        if all(shape.numel() for shape in part.response.shapes):  # a batch without samples tells nothing
+            self.patterns[name] = part.response.pattern
         return part
 
     def _fits(self, group: Sequence[HiddenLayer]) -> bool:

@@ -68,6 +68,8 @@ class GrowthHistory:
 
     def on_load(self, module: nn.Module, state: Any, prefix: str, local: Mapping[str, Any], *_: Any) -> None:
         """Load pre-hook: give the model the widths of the state dict."""
+        for part in stored_histories(state):  # torch shows it to the outermost module alone
+            make_growable(_part(module, part))
         stored = local.get(KEY) or self.elsewhere()
         state, prefix = {plain_name(name): tensor for name, tensor in state.items()}, plain_name(prefix)
         for name in {**self.layers, **stored}:
@@ -139,7 +141,7 @@ def read_history(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
         SplitWatchError: the file holds no state dict, or classes that torch does not load unasked.
     """
     state, checkpoint = read_state(path)
-    return stored_history(state)[1] or told_history(checkpoint)
+    return stored_history(state) or told_history(checkpoint)
 
 
 def told_history(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -151,10 +153,22 @@ def told_history(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return next((state[KEY] for state in states if isinstance(state, Mapping) and state.get(KEY)), {})
 
 
-def stored_history(state: Mapping[str, Any]) -> tuple[str, dict[str, dict[str, Any]]]:
-    """The prefix of the grown module in a state dict, and its growth by layer; both empty where there is none."""
+def stored_histories(state: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """The growth by layer of every module that grew by itself, by its prefix in a state dict."""
     metadata: Mapping[str, Any] = getattr(state, "_metadata", {})
-    return next(((prefix, entry[KEY]) for prefix, entry in metadata.items() if KEY in entry), ("", {}))
+    return {prefix: entry[KEY] for prefix, entry in metadata.items() if KEY in entry}
+
+
+def stored_history(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """All growth in a state dict by layer; where several modules grew by themselves, by their names in the whole."""
+    return by_layer(stored_histories(state))
+
+
+def by_layer(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What is known of modules' layers, by prefix, all by layer: those of a single module by their names in it."""
+    if len(parts) == 1:
+        return dict(next(iter(parts.values())))
+    return {f"{prefix}.{name}".lstrip("."): one for prefix, layers in parts.items() for name, one in layers.items()}
 
 
 def read_state(path: str | os.PathLike[str]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
@@ -204,18 +218,28 @@ def load_grown(cls: Any, path: str | os.PathLike[str], **kwargs: Any) -> Any:
         kwargs: passed to ``cls``, over the saved hyperparameters.
 
     Raises:
-        SplitWatchError: the file holds no state dict, or classes that torch does not load unasked.
+        SplitWatchError: the file holds no state dict, classes that torch does not load unasked, or tensors of another
+            width and no record of what grew.
+        RuntimeError: the tensors do not fit otherwise; torch's own.
     """
     state, checkpoint = read_state(path)
     model = cls(**{**_taken(cls, checkpoint.get("hyper_parameters", {})), **kwargs})
-    history = make_growable(_grown_part(model, stored_history(state)[0]))
+    history, *_ = [make_growable(_part(model, prefix)) for prefix in stored_histories(state) or [""]]
     history.elsewhere = partial(told_history, checkpoint)
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        if "size mismatch" not in str(error) or stored_histories(state) or told_history(checkpoint):
+            raise
+        raise SplitWatchError(
+            f"path: required a record of what grew beside tensors of another width, found none in {path}; save the "
+            "whole state dict of the module that grew: a part of it, or a dict made of its tensors, has no record"
+        ) from error
     history.elsewhere = dict
     return model
 
 
-def _grown_part(model: nn.Module, prefix: str) -> nn.Module:
+def _part(model: nn.Module, prefix: str) -> nn.Module:
     """The module whose growth a state dict records under a prefix, where the model has one of that name."""
     return dict(model.named_modules()).get(prefix.rstrip("."), model)
 

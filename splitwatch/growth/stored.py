@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from splitwatch.anatomy import plain_name
-from splitwatch.growth.checkpoint import read_state, stored_history, told_history
+from splitwatch.growth.checkpoint import by_layer, read_state, stored_histories, told_history
 from splitwatch.growth.reduction import redundancy
 from splitwatch.records import Consumer, HiddenLayer
 
@@ -31,8 +31,14 @@ def stored_redundancy(path: str | os.PathLike[str], tolerance: float = 1e-6) -> 
         SplitWatchError: the file holds no state dict, or the tolerance is negative.
     """
     state, checkpoint = read_state(path)
-    prefix, history = stored_history(state)
-    history = history or told_history(checkpoint)
+    parts = stored_histories(state) or {"": told_history(checkpoint)}
+    return by_layer({prefix: _redundant(state, prefix, history, tolerance) for prefix, history in parts.items()})
+
+
+def _redundant(
+    state: Mapping[str, Tensor], prefix: str, history: Mapping[str, Mapping[str, Any]], tolerance: float
+) -> dict[str, int | None]:
+    """The same of one module that grew by itself."""
     tensors = {plain_name(name.removeprefix(f"{prefix}.")): tensor for name, tensor in state.items()}
     told = [name for name, entry in history.items() if _is_told(entry, tensors)]
     found = redundancy(

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
-
+from splitwatch.arguments import as_sinks, check_given
 from splitwatch.batches import Batch, Keepsake
 from splitwatch.events import GrowthEvent
 from splitwatch.grower import Grower, Sink
 from splitwatch.growth.checkpoint import KEY, recall
 from splitwatch.growth.policy import GrowthPolicy
 from splitwatch.lightning.neighbours import check_neighbours, grow_along, make_all_growable
-from splitwatch.lightning.packages import CALLBACKS, package_of
+from splitwatch.lightning.packages import CALLBACKS
 from splitwatch.lightning.strategies import check_strategy, follow_growth
+from splitwatch.lightning.training_step import check_control, check_training_step, training_loss, training_step_loss
 from splitwatch.probe import LossFunction, Probe
 from splitwatch.ranks import gathered, rank_count
 from splitwatch.records import SplitWatchError
@@ -67,8 +65,9 @@ class SplitWatch(Callback):
         sinks: Iterable[Sink] = (),
         probe: Probe | None = None,
     ) -> None:
+        check_given(policy, probe, loss_fn or training_step_loss)
         self.policy, self.monitor_only, self.loss_fn = policy or GrowthPolicy(), monitor_only, loss_fn
-        self.sinks, self.probe = list(sinks), probe
+        self.sinks, self.probe = as_sinks(sinks), probe
         self.grower: Grower | None = None
         self._saved: dict[str, Any] = {}
         self._step, self._losses, self._enough, self._given = -1, [], 1, Keepsake()
@@ -86,9 +85,9 @@ class SplitWatch(Callback):
             check_neighbours(trainer, grows=not self.monitor_only)
         make_all_growable(trainer, pl_module)
         if stage == "fit" and self.loss_fn is None:
-            _check_training_step(pl_module)
+            check_training_step(pl_module)
         if stage == "fit" and self.policy.control:
-            _check_control(trainer, pl_module)
+            check_control(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin to watch, or go on where the same Trainer fits the same module for longer."""
@@ -103,7 +102,7 @@ class SplitWatch(Callback):
             sinks=[lambda event: self._log(trainer, event), *self.sinks],
             probe=self.probe,
             progress=trainer.progress_bar_callback is not None,
-            training_loss=_training_loss(trainer),
+            training_loss=training_loss(trainer),
         )
         self._continue(trainer)
 
@@ -124,8 +123,12 @@ class SplitWatch(Callback):
         self._arm()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let the grower know of the last steps."""
+        """Let the grower know of the last steps; loggers get the sizes once more, for charts that reach the end."""
         self._hand_over()
+        grown = [event for event in self.events if event.grown]
+        sizes = {tag: size for event in grown for tag, size in size_scalars(event).items()}
+        for logger in trainer.loggers if sizes else ():
+            logger.log_metrics(sizes, step=_step_of(trainer))
 
     def _look(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch) -> None:
         """Take note of all steps so far and look at the last, unless gradients are still being accumulated."""
@@ -200,7 +203,7 @@ class SplitWatch(Callback):
 
     def _log(self, trainer: pl.Trainer, event: GrowthEvent) -> None:
         """Scalars to other callbacks and every logger, figures and texts to loggers that can show them."""
-        step, scalars = trainer.fit_loop.epoch_loop._batches_that_stepped, event_scalars(event)
+        step, scalars = _step_of(trainer), event_scalars(event)
         if not trainer.barebones:
             trainer.lightning_module.log_dict(scalars, logger=False, on_step=True, on_epoch=False)
         for logger in trainer.loggers:
@@ -212,87 +215,6 @@ class SplitWatch(Callback):
                 self._boards.setdefault(id(logger), TensorBoardSink(writer, scalars=False))(event, step)
 
 
-def training_step_loss(module: nn.Module, batch: Batch) -> Tensor:
-    """The loss that ``training_step`` returns for a batch, its logging muted.
-
-    Raises:
-        SplitWatchError: it returned no loss.
-    """
-    step: Any = module.training_step
-    with _muted(module):
-        output = step(batch, 0) if _takes_index(step) else step(batch)
-    loss = output.get("loss") if isinstance(output, Mapping) else output
-    if loss is None:
-        raise SplitWatchError("training_step: required a loss for every probe batch, found None; pass loss_fn instead")
-    return loss
-
-
-def _positional(step: Any) -> tuple[list[str], bool]:
-    """Names of what ``training_step`` takes by position after ``self``, and whether it takes any number."""
-    found = inspect.getfullargspec(getattr(step, "__wrapped__", step))
-    return found.args[1:], found.varargs is not None
-
-
-def _takes_index(step: Any) -> bool:
-    """Whether ``training_step`` is called with an index behind the batch; Lightning decides in the same way."""
-    names, any_number = _positional(step)
-    return any_number or len(names) > 1 or "batch_idx" in names
-
-
-def _check_training_step(module: pl.LightningModule) -> None:
-    """Refuse modules whose ``training_step`` cannot be called with a batch alone."""
-    needed = "loss_fn: required {}, found None; pass SplitWatch(loss_fn=lambda module, batch: ...)"
-    if not module.automatic_optimization:
-        raise SplitWatchError(
-            needed.format("for manual optimization, where training_step takes optimizer steps itself")
-        )
-    if "dataloader_iter" in _positional(module.training_step)[0]:
-        raise SplitWatchError(needed.format("where training_step takes dataloader_iter, not a batch"))
-
-
-def _check_control(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """Refuse a control where its steps would not be those of the run."""
-    steps = "a step of the control is one gradient of one batch"
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    for name, good, found in (
-        ("automatic_optimization", True, module.automatic_optimization),
-        ("accumulate_grad_batches", 1, trainer.accumulate_grad_batches),
-        ("gradient_clip_val", "None or 0", trainer.gradient_clip_val or "None or 0"),
-        ("precision", "no gradient scaler", "one" if scaler else "no gradient scaler"),
-    ):
-        if found != good:
-            raise SplitWatchError(
-                f"control: required {name} {good}, found {found}; {steps}: leave control out of the policy"
-            )
-
-
-def _training_loss(trainer: pl.Trainer) -> LossFunction:
-    """``training_step`` as the Trainer calls it, its logging muted."""
-
-    def loss(module: Any, batch: Batch) -> Tensor:
-        if module._trainer is None:  # a copy has none
-            module.trainer = trainer
-        with trainer.precision_plugin.train_step_context():
-            return training_step_loss(module, batch)
-
-    return loss
-
-
-@contextmanager
-def _muted(module: nn.Module) -> Iterator[None]:
-    """Logging calls of the module do nothing inside, nor do the loggers it finds at its Trainer."""
-    names = ("log", "log_dict")
-    trainer: Any = getattr(module, "_trainer", None)
-    loggers = getattr(trainer, "loggers", [])
-    for name in names:
-        module.__dict__[name] = lambda *args, **kwargs: None
-    try:
-        if loggers:
-            dummy = package_of(trainer).loggers.logger.DummyLogger
-            trainer.loggers = [dummy() for _ in loggers]
-        yield
-    finally:
-        for name in names:
-            del module.__dict__[name]
-        if loggers:
-            trainer.loggers = loggers
+def _step_of(trainer: pl.Trainer) -> int:
+    """The x-axis of what Lightning logs."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped

@@ -28,7 +28,7 @@ class Loading:
     def __call__(self) -> Mapping[str, Any]:
         """The growth by layer, empty where none is recorded."""
         checkpoint = self.trainer._checkpoint_connector._loaded_checkpoint or {}
-        return stored_history(checkpoint.get("current_model_state", {}))[1] or told_history(checkpoint)
+        return stored_history(checkpoint.get("current_model_state", {})) or told_history(checkpoint)
 
     def __deepcopy__(self, _memo: Any) -> Loading:
         return self
