@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from growth_cells import BY_NAME, CELLS, MORE, Cell
-from growth_methods import GROW, NEEDS, OWN, PEERS, PLAIN
+from growth_methods import GRID, GROW, NEEDS, OWN, PLAIN
 from growth_report import describe, draw, put_into
 from growth_run import execute
 from tqdm import tqdm
@@ -97,7 +97,7 @@ def one(cell: str, method: str, seed: int) -> dict[str, Any]:
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cells", nargs="+", choices=[*BY_NAME], metavar="CELL", help=", ".join(BY_NAME))
-    parser.add_argument("--methods", nargs="+", choices=[*GROW], default=[*PEERS, *OWN], metavar="METHOD")
+    parser.add_argument("--methods", nargs="+", choices=[*GROW], default=GRID, metavar="METHOD")
     parser.add_argument("--seeds", type=int, default=12)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--full", action="store_true", help="all cells, not only the default grid")

@@ -31,14 +31,17 @@ PEERS = {
     "TINY": everywhere(tiny),
     "Firefly": everywhere(firefly),
     "gromo": everywhere(gromo),
-    f"random, {DUE}": everywhere(random_new),
 }
-NEEDS = {"gromo": "gromo"}
+TIMED = {f"{name}, {DUE}": plan for name, plan in PEERS.items()}
+"""The same at splitwatch's timing."""
+NEEDS = dict.fromkeys(("gromo", f"gromo, {DUE}"), "gromo")
 """Methods that need a package."""
-PLAIN = {"gromo"}
+PLAIN = {*NEEDS}
 """Methods that know only MLPs of one hidden layer."""
 
 OWN = dict.fromkeys(("splitwatch", *(f"splitwatch, {when}" for when in (DUE, "later"))), splitwatch)
 """The last widens at ``Cell.later`` and is compared with fixed widths only."""
 
-GROW: dict[str, Callable[[Site], GrowthPlan]] = {**PEERS, **OWN}
+GROW: dict[str, Callable[[Site], GrowthPlan]] = {**PEERS, **TIMED, **OWN}
+GRID = [*PEERS, f"random, {DUE}", *OWN]
+"""What is run unless others are asked for."""
