@@ -88,9 +88,12 @@ def wandb(monkeypatch):
     return WandbLogger(experiment=Run())
 
 
+STEPS = 15
+
+
 def fit(logger):
     watch = SplitWatch(SOON)
-    trainer = trainer_of([watch], logger=logger, steps=15, log_every_n_steps=5)
+    trainer = trainer_of([watch], logger=logger, steps=STEPS, log_every_n_steps=5)
     trainer.fit(module_of(), loader())
     (event,) = watch.events
     assert event.grown
@@ -101,7 +104,8 @@ def test_mlflow_gets_pictures_and_pages_as_artifacts(monkeypatch):
     logger = mlflow(monkeypatch)
     step = fit(logger)
     client = logger.experiment
-    assert client.metrics["splitwatch/width/net.0"] == step
+    assert client.metrics["splitwatch/growth/drift"] == step
+    assert client.metrics["splitwatch/width/net.0"] == STEPS  # once more at the end
     assert set(client.files.values()) == {"run"}
     assert {f"splitwatch/event/{step:08}.md", f"splitwatch/spectrum/net.0/{step:08}.png"} <= set(client.files)
 
@@ -110,7 +114,8 @@ def test_weights_and_biases_gets_pictures_and_pages_at_their_step(monkeypatch):
     logger = wandb(monkeypatch)
     step = fit(logger)
     rows = {key: (value, row["trainer/global_step"]) for row in logger.experiment.rows for key, value in row.items()}
-    assert rows["splitwatch/width/net.0"] == (4.0, step)
+    assert rows["splitwatch/growth/drift"][1] == step
+    assert rows["splitwatch/width/net.0"] == (4.0, STEPS)  # once more at the end
     (picture,), place = rows["splitwatch/spectrum/net.0"]
     assert isinstance(picture.shown, Figure)
     assert place == step
