@@ -90,6 +90,13 @@ def run_all(todo: Sequence[Key], path: Path, workers: int, one: Callable[[str, s
     return failed
 
 
+def run_rest(tasks: Sequence[Key], path: Path, workers: int, one: Callable[[str, str, int], dict[str, Any]]) -> None:
+    """Run those that a file has no results of, and say which failed."""
+    done = {key(result) for result in stored(path)}
+    failed = run_all([task for task in tasks if task not in done], path, workers, one)
+    print(*(f"failed: {line}" for line in failed), sep="\n")
+
+
 def one(cell: str, method: str, seed: int) -> dict[str, Any]:
     return execute(BY_NAME[cell], method, seed)
 
@@ -122,10 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         results = [result for result in results if result["method"] not in args.redo]
         store(args.results, results, "w")
     if not args.report:
-        done = {key(result) for result in results}
-        todo = [task for task in tasks(cells, methods, args.seeds) if task not in done]
-        failed = run_all(todo, args.results, args.workers, one)
-        print(*(f"failed: {line}" for line in failed), sep="\n")
+        run_rest(tasks(cells, methods, args.seeds), args.results, args.workers, one)
     names = {cell.name for cell in cells}
     results = [r for r in stored(args.results) if r["cell"] in names and r["seed"] < args.seeds]
     text = describe(results, args.own)

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import geometric_mean, median
 from typing import Any
 
-from growth import DOCS, key, run_all, stored
+from growth import DOCS, run_rest, stored
 from growth_cells import BY_NAME, CELLS, Cell
 from growth_methods import DUE, OWN
 from growth_remedies import rewarm
@@ -94,9 +94,7 @@ def main() -> None:
     args = parser.parse_args()
     cells = [BY_NAME[name] for name in args.cells if BY_NAME[name].available]
     which = [(cell.name, label) for cell in cells for method in methods(cell) for label in at_rates(method)]
-    done = {key(result) for result in stored(args.results)}
-    todo = [task for seed in range(args.seeds) for pair in which if (task := (*pair, seed)) not in done]
-    print(*(f"failed: {line}" for line in run_all(todo, args.results, args.workers, one)), sep="\n")
+    run_rest([(*pair, seed) for seed in range(args.seeds) for pair in which], args.results, args.workers, one)
     found: dict[str, dict[str, Runs]] = defaultdict(lambda: defaultdict(list))
     for result in sorted(stored(args.results), key=lambda result: result["seed"]):
         if result["seed"] < args.seeds:

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from growth import DOCS, key, run_all, stored
+from growth import DOCS, run_rest, stored
 from growth_cells import BY_NAME, CELLS, Cell
 from growth_methods import DUE, OWN
 from growth_report import interval, markdown, put_section
@@ -73,10 +73,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=DOCS / "results" / "growth_sweep.jsonl")
     args = parser.parse_args()
     cells = [BY_NAME[name] for name in args.cells if BY_NAME[name].available]
-    done = {key(result) for result in stored(args.results)}
     which = [(cell.name, name) for cell in cells for name in [*fixed(cell), *GROWN]]
-    todo = [task for seed in range(args.seeds) for pair in which if (task := (*pair, seed)) not in done]
-    print(*(f"failed: {line}" for line in run_all(todo, args.results, args.workers, one)), sep="\n")
+    run_rest([(*pair, seed) for seed in range(args.seeds) for pair in which], args.results, args.workers, one)
     found: dict[str, dict[str, Finals]] = defaultdict(lambda: defaultdict(dict))
     for result in stored(args.results):
         if result["seed"] < args.seeds:

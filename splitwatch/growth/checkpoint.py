@@ -68,8 +68,7 @@ class GrowthHistory:
 
     def on_load(self, module: nn.Module, state: Any, prefix: str, local: Mapping[str, Any], *_: Any) -> None:
         """Load pre-hook: give the model the widths of the state dict."""
-        for part in stored_histories(state):  # torch shows it to the outermost module alone
-            make_growable(_part(module, part))
+        _make_parts_growable(module, state)  # torch shows their record to the outermost module alone
         stored = local.get(KEY) or self.elsewhere()
         state, prefix = {plain_name(name): tensor for name, tensor in state.items()}, plain_name(prefix)
         for name in {**self.layers, **stored}:
@@ -224,7 +223,7 @@ def load_grown(cls: Any, path: str | os.PathLike[str], **kwargs: Any) -> Any:
     """
     state, checkpoint = read_state(path)
     model = cls(**{**_taken(cls, checkpoint.get("hyper_parameters", {})), **kwargs})
-    history, *_ = [make_growable(_part(model, prefix)) for prefix in stored_histories(state) or [""]]
+    history, *_ = _make_parts_growable(model, state) or [make_growable(model)]
     history.elsewhere = partial(told_history, checkpoint)
     try:
         model.load_state_dict(state)
@@ -239,9 +238,10 @@ def load_grown(cls: Any, path: str | os.PathLike[str], **kwargs: Any) -> Any:
     return model
 
 
-def _part(model: nn.Module, prefix: str) -> nn.Module:
-    """The module whose growth a state dict records under a prefix, where the model has one of that name."""
-    return dict(model.named_modules()).get(prefix.rstrip("."), model)
+def _make_parts_growable(model: nn.Module, state: Mapping[str, Any]) -> list[GrowthHistory]:
+    """The histories of the modules whose growth a state dict records; the model's where it has none of that name."""
+    modules = dict(model.named_modules())
+    return [make_growable(modules.get(prefix.rstrip("."), model)) for prefix in stored_histories(state)]
 
 
 def _taken(cls: Any, saved: Mapping[str, Any]) -> dict[str, Any]:
